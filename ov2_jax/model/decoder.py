@@ -1,0 +1,173 @@
+"""The Qwen3 decoder: RMSNorm, SwiGLU, grouped-query attention with normed q and k.
+
+Dimension letters: B rows, L tokens, D width, H query heads, J key/value heads, K head size,
+N layers, S slots of the key/value cache.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ov2_jax.model.attention import masked_attention, segment_attention
+from ov2_jax.model.compute import ComputeConfig
+from ov2_jax.model.config import TextConfig
+from ov2_jax.model.layers import INIT_STD, Linear, RMSNorm, scan_layers, stack
+from ov2_jax.model.rope import Rope, rotate_half, text_rope
+from ov2_jax.sharding import shard_rows
+
+
+class KVCache(NamedTuple):
+    """Keys and values of all layers, [N B S J K]."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class Embedding(nnx.Module):
+    def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs) -> None:
+        self.embedding = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), (vocab_size, width)))
+
+    def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return self.embedding[...].astype(dtype)[tokens]
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: TextConfig, rngs: nnx.Rngs) -> None:
+        width, size = config.hidden_size, config.head_dim
+        self.head_dim = size
+        n_q, n_kv = config.num_attention_heads * size, config.num_key_value_heads * size
+        self.q_proj = Linear(width, n_q, bias=False, rngs=rngs)
+        self.k_proj = Linear(width, n_kv, bias=False, rngs=rngs)
+        self.v_proj = Linear(width, n_kv, bias=False, rngs=rngs)
+        self.o_proj = Linear(n_q, width, bias=False, rngs=rngs)
+        self.q_norm = RMSNorm(size, eps=config.rms_norm_eps)
+        self.k_norm = RMSNorm(size, eps=config.rms_norm_eps)
+
+    def qkv(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[B L D] -> q [B L H K], k and v [B L J K]."""
+        q, k, v = (
+            proj(x).reshape(*x.shape[:2], -1, self.head_dim)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return rotate_half(self.q_norm(q), rope), rotate_half(self.k_norm(k), rope), v
+
+    def out(self, x: jax.Array) -> jax.Array:
+        """[B L H K] -> [B L D]."""
+        return self.o_proj(x.reshape(*x.shape[:2], -1))
+
+
+class SwiGLU(nnx.Module):
+    def __init__(self, config: TextConfig, rngs: nnx.Rngs) -> None:
+        width, hidden = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(width, hidden, bias=False, rngs=rngs)
+        self.up_proj = Linear(width, hidden, bias=False, rngs=rngs)
+        self.down_proj = Linear(hidden, width, bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, config: TextConfig, rngs: nnx.Rngs) -> None:
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attn = Attention(config, rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = SwiGLU(config, rngs)
+
+    def feed_forward(self, x: jax.Array) -> jax.Array:
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def __call__(
+        self, x: jax.Array, rope: Rope, segment_ids: jax.Array, block: int
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Packed rows: [B L D] -> [B L D] and this layer's keys and values."""
+        q, k, v = self.attn.qkv(self.input_layernorm(x), rope)
+        x = x + self.attn.out(segment_attention(q, k, v, segment_ids, causal=True, block=block))
+        return self.feed_forward(x), (k, v)
+
+    def step(
+        self, x: jax.Array, rope: Rope, cache: tuple[jax.Array, jax.Array], slots: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """One more token a row: x [B 1 D] goes to slot `slots` [B] of this layer's [B S J K]."""
+        q, k, v = self.attn.qkv(self.input_layernorm(x), rope)
+        rows = jnp.arange(x.shape[0])
+        keys = cache[0].at[rows, slots].set(k[:, 0])
+        values = cache[1].at[rows, slots].set(v[:, 0])
+        seen = jnp.arange(keys.shape[1])[None, :] <= slots[:, None]  # B S
+        x = x + self.attn.out(masked_attention(q, keys, values, seen[:, None, :]))
+        return self.feed_forward(x), (keys, values)
+
+
+class Decoder(nnx.Module):
+    """Embeds tokens, runs the layers, and owns the head (or shares the embedding with it)."""
+
+    def __init__(
+        self,
+        config: TextConfig,
+        *,
+        tie_word_embeddings: bool,
+        rngs: nnx.Rngs,
+        compute: ComputeConfig | None = None,
+    ) -> None:
+        self.config = config
+        self.compute = compute or ComputeConfig()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.layers = stack(lambda r: DecoderLayer(config, r), config.num_hidden_layers, rngs)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = (
+            None
+            if tie_word_embeddings
+            else Linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
+        )
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """int [...] -> [... D]."""
+        return self.embed_tokens(tokens, self.compute.jax_dtype)
+
+    def head(self) -> jax.Array:
+        """The output kernel, float32 [D V]."""
+        if self.lm_head is None:
+            return self.embed_tokens.embedding[...].T
+        return self.lm_head.kernel[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[... D] -> float32 [... V]."""
+        kernel = self.head().astype(hidden.dtype)
+        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+
+    def _rope(self, positions: jax.Array) -> Rope:
+        return text_rope(
+            positions, head_dim=self.config.head_dim, theta=self.config.rope_theta
+        )
+
+    def __call__(
+        self,
+        embeddings: jax.Array,  # [B L D]
+        positions: jax.Array,  # int [B L]
+        segment_ids: jax.Array,  # int [B L]
+        *,
+        collect_cache: bool = False,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Hidden states [B L D] behind the final norm and, if asked, the keys and values."""
+        rope = self._rope(positions)
+
+        def step(layer: DecoderLayer, x: jax.Array, _: None) -> tuple:
+            x, kv = layer(x, rope, segment_ids, self.compute.attention_block)
+            return shard_rows(x), (kv if collect_cache else None)
+
+        x, kv = scan_layers(self.layers, step, embeddings, remat=self.compute.remat)
+        return self.norm(x), (KVCache(*kv) if collect_cache else None)
+
+    def decode(
+        self, tokens: jax.Array, slots: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        """One step of generation: tokens [B] at positions `slots` [B] -> logits [B V], cache."""
+        rope = self._rope(slots[:, None])
+
+        def step(layer: DecoderLayer, x: jax.Array, kv: tuple) -> tuple:
+            return layer.step(x, rope, kv, slots)
+
+        x, kv = scan_layers(self.layers, step, self.embed(tokens[:, None]), tuple(cache))
+        return self.logits(self.norm(x))[:, 0], KVCache(*kv)

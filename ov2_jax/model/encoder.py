@@ -1,0 +1,145 @@
+"""OneVision-Encoder: a native-resolution ViT with (t, h, w) RoPE and windowed attention.
+
+Dimension letters: B rows, P patches of a row, D width, H heads.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ov2_jax.model.attention import masked_attention, segment_attention
+from ov2_jax.model.compute import ComputeConfig
+from ov2_jax.model.config import VisionConfig
+from ov2_jax.model.layers import INIT_STD, NORMS, Linear, RMSNorm, scan_layers, stack
+from ov2_jax.model.rope import Rope, rotate_neighbours, vision_rope
+from ov2_jax.sharding import shard_rows
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact (erf) GELU."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs) -> None:
+        width = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.qkv = Linear(width, 3 * width, bias=True, rngs=rngs)
+        self.proj = Linear(width, width, bias=True, rngs=rngs)
+
+    def __call__(self, x: jax.Array, rope: Rope, segment_ids: jax.Array, block: int) -> jax.Array:
+        b, p, d = x.shape
+        qkv = self.qkv(x).reshape(b, p, 3, self.heads, d // self.heads)
+        q, k = rotate_neighbours(qkv[:, :, 0], rope), rotate_neighbours(qkv[:, :, 1], rope)
+        out = segment_attention(q, k, qkv[:, :, 2], segment_ids, causal=False, block=block)
+        return self.proj(out.reshape(b, p, d))
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs) -> None:
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(gelu(self.fc1(x)))
+
+
+class EncoderLayer(nnx.Module):
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs) -> None:
+        norm = NORMS[config.layer_norm_type]
+        self.layer_norm1 = norm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attn = Attention(config, rngs)
+        self.layer_norm2 = norm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(self, x: jax.Array, rope: Rope, segment_ids: jax.Array, block: int) -> jax.Array:
+        x = x + self.attn(self.layer_norm1(x), rope, segment_ids, block)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class PoolingAttention(nnx.Module):
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs) -> None:
+        width = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.qkv = Linear(width, 3 * width, bias=True, rngs=rngs)
+        self.proj = Linear(width, width, bias=True, rngs=rngs)
+
+    def __call__(self, probe: jax.Array, x: jax.Array, mask: jax.Array) -> jax.Array:
+        b, p, d = x.shape
+        kernel = jnp.split(self.qkv.kernel[...].astype(x.dtype), 3, -1)
+        bias = jnp.split(self.qkv.bias[...].astype(x.dtype), 3, -1)
+        q, k, v = (
+            (z @ w + c).reshape(b, -1, self.heads, d // self.heads)
+            for z, w, c in zip((probe, x, x), kernel, bias, strict=True)
+        )
+        out = masked_attention(q, k, v, mask[:, None, :])  # one query: the probe
+        return self.proj(out.reshape(b, 1, d))
+
+
+class PoolingHead(nnx.Module):
+    """Attention pooling with a learned probe (of the standalone encoder)."""
+
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs) -> None:
+        width = config.hidden_size
+        self.probe = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), (1, 1, width)))
+        self.attn = PoolingAttention(config, rngs)
+        self.norm = RMSNorm(width, eps=config.layer_norm_eps)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """x [B P D], mask bool [B P] of the real patches -> [B D]."""
+        probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
+        a = self.attn(probe, x, mask)
+        return (a + self.mlp(self.norm(a)))[:, 0]
+
+
+class VisionEncoder(nnx.Module):
+    """The encoder by itself: patches and their positions in, patch features out.
+
+    In a standalone encoder a sample is one row and one window, its patches in raster order. In the
+    full model a row holds several windows and patches come in m x m block order; the encoder does
+    not care.
+    """
+
+    def __init__(
+        self, config: VisionConfig, *, rngs: nnx.Rngs, compute: ComputeConfig | None = None
+    ) -> None:
+        norm = NORMS[config.layer_norm_type]
+        self.config = config
+        self.compute = compute or ComputeConfig()
+        self.patch_embedding = Linear(config.patch_dim, config.hidden_size, bias=False, rngs=rngs)
+        self.layernorm_pre = norm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = stack(lambda r: EncoderLayer(config, r), config.num_hidden_layers, rngs)
+        self.layernorm_post = (
+            norm(config.hidden_size, eps=config.layer_norm_eps) if config.use_head else None
+        )
+        self.head = PoolingHead(config, rngs) if config.use_head else None
+
+    def __call__(
+        self,
+        patches: jax.Array,  # float [B P C*p*p], normalised
+        patch_positions: jax.Array,  # int [B P 3]
+        segment_ids: jax.Array,  # int [B P], windows; 0 is padding
+        *,
+        collect_layers: bool = False,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Features [B P D], behind the post-norm if there is one, and each layer's output
+        [layers B P D] if `collect_layers`."""
+        rope = vision_rope(
+            patch_positions, head_dim=self.config.head_dim, theta=self.config.rope_theta
+        )
+        x = shard_rows(self.patch_embedding(patches.astype(self.compute.jax_dtype)))
+        x = self.layernorm_pre(x)
+
+        def step(layer: EncoderLayer, x: jax.Array, _: None) -> tuple:
+            x = shard_rows(layer(x, rope, segment_ids, self.compute.attention_block))
+            return x, (x if collect_layers else None)
+
+        x, layers = scan_layers(self.layers, step, x, remat=self.compute.remat)
+        return (x if self.layernorm_post is None else self.layernorm_post(x)), layers
+
+    def pool(self, features: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        """Features [B P D] -> [B D] with the pooling head, over patches of segments > 0."""
+        if self.head is None:
+            raise ValueError("This encoder has no pooling head: its config has use_head false.")
+        return self.head(features, segment_ids > 0)

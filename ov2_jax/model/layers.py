@@ -1,0 +1,84 @@
+"""Building blocks: linear maps, norms, and a stack of equal layers.
+
+Parameters are float32; a module computes in the dtype of what it is given.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+INIT_STD = 0.02  # of the recipes, SPEC.md section 4
+
+
+class Linear(nnx.Module):
+    """x [... in] -> x @ kernel + bias [... out]."""
+
+    def __init__(self, n_in: int, n_out: int, *, bias: bool, rngs: nnx.Rngs) -> None:
+        self.kernel = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), (n_in, n_out)))
+        self.bias = nnx.Param(jnp.zeros(n_out)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm with scale and bias, statistics in float32."""
+
+    def __init__(self, size: int, *, eps: float) -> None:
+        self.scale = nnx.Param(jnp.ones(size))
+        self.bias = nnx.Param(jnp.zeros(size))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        z = x.astype(jnp.float32)
+        z = z - z.mean(-1, keepdims=True)
+        z = z * jax.lax.rsqrt(jnp.mean(z * z, -1, keepdims=True) + self.eps)
+        return (z * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """RMSNorm with a scale, in float32."""
+
+    def __init__(self, size: int, *, eps: float) -> None:
+        self.scale = nnx.Param(jnp.ones(size))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        z = x.astype(jnp.float32)
+        z = z * jax.lax.rsqrt(jnp.mean(z * z, -1, keepdims=True) + self.eps)
+        return (z * self.scale[...]).astype(x.dtype)
+
+
+NORMS = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], n: int, rngs: nnx.Rngs) -> nnx.Module:
+    """n layers as one module whose parameters have a leading layer axis."""
+    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.fork(split=n))
+
+
+def scan_layers(
+    layers: nnx.Module,
+    step: Callable[[nnx.Module, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    xs: Any = None,
+    *,
+    remat: str = "none",
+) -> tuple[Any, Any]:
+    """Runs `carry, y = step(layer, carry, x)` over a stack; compiles one layer, not n.
+
+    Returns the last carry and the stacked ys.
+    """
+    graph, state = nnx.split(layers)
+
+    def body(carry: Any, layer_xs: tuple) -> tuple[Any, Any]:
+        layer_state, x = layer_xs
+        return step(nnx.merge(graph, layer_state), carry, x)
+
+    if remat == "full":
+        body = jax.checkpoint(body, prevent_cse=False)
+    return jax.lax.scan(body, carry, (state, xs))

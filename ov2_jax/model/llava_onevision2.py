@@ -1,0 +1,66 @@
+"""LLaVA-OneVision-2: encoder, merger and decoder over a packed batch.
+
+The shape letters are those of ov2_jax/data/batch.py; D is the decoder's width.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ov2_jax.data.batch import Batch, VisionRows
+from ov2_jax.model.compute import ComputeConfig
+from ov2_jax.model.config import ModelConfig
+from ov2_jax.model.decoder import Decoder, KVCache
+from ov2_jax.model.encoder import VisionEncoder
+from ov2_jax.model.merger import Merger
+from ov2_jax.model.normalize import normalize_patches
+from ov2_jax.sharding import shard_rows
+
+
+class LlavaOnevision2(nnx.Module):
+    def __init__(
+        self, config: ModelConfig, *, rngs: nnx.Rngs, compute: ComputeConfig | None = None
+    ) -> None:
+        self.config = config
+        self.encoder = VisionEncoder(config.vision, rngs=rngs, compute=compute)
+        self.merger = Merger(config.vision, rngs=rngs)
+        self.decoder = Decoder(
+            config.text,
+            tie_word_embeddings=config.tie_word_embeddings,
+            rngs=rngs,
+            compute=compute,
+        )
+
+    def merged_tokens(self, vision: tuple[VisionRows, ...]) -> jax.Array:
+        """All classes of vision rows -> the pack's merged tokens, [G M D]."""
+        merged = []
+        for rows in vision:
+            packs = rows.patches.shape[0]
+            patches, positions, segments = (x.reshape(-1, *x.shape[2:]) for x in rows)
+            features, _ = self.encoder(normalize_patches(patches), positions, segments)
+            tokens = self.merger(features)  # G*R W/m^2 D
+            merged.append(tokens.reshape(packs, -1, tokens.shape[-1]))
+        return jnp.concatenate(merged, 1)
+
+    def embed(self, batch: Batch) -> jax.Array:
+        """Token embeddings with merged vision tokens in their places, [G*B L D]."""
+        packs, rows, length = batch.tokens.shape
+        text = self.decoder.embed(batch.tokens.reshape(-1, length))
+        if not batch.vision:
+            return shard_rows(text)
+        index = batch.vision_index.reshape(packs, -1)
+        # A gather inside each pack: packs lie on different devices and never mix.
+        picked = jax.vmap(lambda tokens, i: tokens[i])(
+            self.merged_tokens(batch.vision), jnp.maximum(index, 0)
+        ).reshape(text.shape)
+        is_vision = (batch.vision_index >= 0).reshape(-1, length, 1)
+        return shard_rows(jnp.where(is_vision, picked, text))
+
+    def __call__(
+        self, batch: Batch, *, collect_cache: bool = False
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Hidden states behind the final norm, [G*B L D], and the keys and values if asked."""
+        positions, segments = (
+            x.reshape(-1, x.shape[-1]) for x in (batch.positions, batch.segment_ids)
+        )
+        return self.decoder(self.embed(batch), positions, segments, collect_cache=collect_cache)

@@ -1,0 +1,23 @@
+"""The merger (adapter): m x m neighbouring patches become one token of the text's width."""
+
+import jax
+from flax import nnx
+
+from ov2_jax.model.config import VisionConfig
+from ov2_jax.model.encoder import gelu
+from ov2_jax.model.layers import LayerNorm, Linear
+
+
+class Merger(nnx.Module):
+    """LayerNorm of each patch (also where the encoder has RMSNorm), concatenation, an MLP."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
+        self.block = config.hidden_size * config.merge_unit
+        self.ln_q = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.fc1 = Linear(self.block, self.block, bias=True, rngs=rngs)
+        self.fc2 = Linear(self.block, config.out_hidden_size, bias=True, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B P D] in block order -> [B P/m^2 D']."""
+        x = self.ln_q(x).reshape(x.shape[0], -1, self.block)
+        return self.fc2(gelu(self.fc1(x)))
