@@ -1,0 +1,16 @@
+"""The one error of this package."""
+
+from collections.abc import Iterable
+
+
+class ConversionError(ValueError):
+    """A checkpoint that cannot be converted; the message says what is wrong and what to do."""
+
+
+def listing(title: str, items: Iterable[str], limit: int = 40) -> str:
+    """`title` and one indented line per item; past `limit` the rest is counted, not dropped."""
+    items = list(items)
+    lines = [f"{title} ({len(items)}):"] + [f"  {item}" for item in items[:limit]]
+    if len(items) > limit:
+        lines.append(f"  ... and {len(items) - limit} more")
+    return "\n".join(lines)
