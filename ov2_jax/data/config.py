@@ -1,0 +1,186 @@
+"""What the data road is told: where samples are, how they are read, what a pack looks like."""
+
+import dataclasses
+from pathlib import Path
+
+from ov2_jax.model.config import ConfigError, ModelConfig
+
+
+def _check(owner: str, name: str, value: object, good: bool, remedy: str) -> None:
+    if not good:
+        raise ConfigError(f"{owner}.{name} is {value!r}; it must be {remedy}.")
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One JSON or JSONL file.
+
+    `root` is the folder that the samples' media paths are relative to (default: the file's own
+    folder); no path may lead out of it. `name` is what metrics and sample ids call the source.
+    """
+
+    path: str
+    root: str | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        suffix = Path(self.path).suffix
+        _check("source", "path", self.path, suffix in (".json", ".jsonl"), "a .json or .jsonl file")
+
+    @property
+    def media_root(self) -> str:
+        return str(Path(self.path).parent) if self.root is None else self.root
+
+    @property
+    def title(self) -> str:
+        return Path(self.path).stem if self.name is None else self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """How samples are read and encoded. Areas are in pixels, times in seconds.
+
+    Frames of a clip: `target_fps` if set (at most `max_frames`), else `num_frames` if set, else 8
+    for clips under 10 s, 16 under 30 s and `max_frames` beyond. `frame_min_pixels` and
+    `frame_max_pixels` are `min_pixels` and `max_pixels` unless set.
+
+    `frame_form`: "training" gives the encoder windows of several frames and writes a newline after
+    every frame; "hf" is the Hugging Face processor's form, each frame on its own, no newline.
+    `on_long`: what becomes of a sample that does not fit, see encode.py. `on_image_mismatch`:
+    "prepend" deletes the marks and puts all pictures before the first question.
+    `lookahead` is the number of samples that the packer chooses from; they wait in memory.
+    """
+
+    sources: tuple[SourceConfig, ...]
+    min_pixels: int = 56 * 56
+    max_pixels: int = 1280 * 28 * 28
+    frame_min_pixels: int | None = None
+    frame_max_pixels: int | None = None
+    num_frames: int | None = None
+    target_fps: float | None = None
+    max_frames: int = 384
+    frame_form: str = "training"
+    timestamps: bool = True
+    timestamp_decimal: int = 1
+    system_prompt: str = "You are a helpful assistant."
+    on_long: str = "reject"
+    on_image_mismatch: str = "reject"
+    shuffle: bool = True
+    num_workers: int = 0
+    lookahead: int = 64
+    decode_timeout_s: float = 60.0
+    max_reject_share: float = 0.1
+    reject_check_after: int = 200
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sources", tuple(self.sources))
+
+        def check(name: str, good: bool, remedy: str) -> None:
+            _check("data", name, getattr(self, name), good, remedy)
+
+        check(
+            "sources",
+            bool(self.sources) and all(isinstance(s, SourceConfig) for s in self.sources),
+            "at least one SourceConfig",
+        )
+        for name in ("min_pixels", "max_pixels", "max_frames", "lookahead", "reject_check_after"):
+            value = getattr(self, name)
+            check(name, _whole(value) and value > 0, "a positive whole number")
+        for name in ("frame_min_pixels", "frame_max_pixels", "num_frames"):
+            value = getattr(self, name)
+            check(name, value is None or (_whole(value) and value > 0), "a positive number or None")
+        check("max_pixels", self.max_pixels >= self.min_pixels, f"at least {self.min_pixels}")
+        low, high = self.frame_pixels
+        check("frame_max_pixels", high >= low, f"at least frame_min_pixels, {low}")
+        check(
+            "target_fps",
+            self.target_fps is None or self.target_fps > 0,
+            "a positive number of frames a second, or None",
+        )
+        check(
+            "num_frames",
+            self.num_frames is None or self.target_fps is None,
+            "None when target_fps is set: only one of them can rule",
+        )
+        check("frame_form", self.frame_form in ("training", "hf"), "'training' or 'hf'")
+        check("timestamp_decimal", self.timestamp_decimal in range(7), "0 to 6 decimals")
+        check("on_long", self.on_long in ("reject", "drop_rounds"), "'reject' or 'drop_rounds'")
+        check(
+            "on_image_mismatch",
+            self.on_image_mismatch in ("reject", "prepend"),
+            "'reject' or 'prepend'",
+        )
+        check(
+            "num_workers",
+            _whole(self.num_workers) and self.num_workers >= 0,
+            "0 (threads) or a number of processes",
+        )
+        check("decode_timeout_s", self.decode_timeout_s > 0, "a positive number of seconds")
+        check("max_reject_share", 0 <= self.max_reject_share <= 1, "between 0 and 1")
+
+    @property
+    def frame_pixels(self) -> tuple[int, int]:
+        """Smallest and largest area of a frame."""
+        return (
+            self.min_pixels if self.frame_min_pixels is None else self.frame_min_pixels,
+            self.max_pixels if self.frame_max_pixels is None else self.frame_max_pixels,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PackConfig:
+    """The static shape of a pack: B = `rows` text rows of L = `seq_len` tokens, and beside them
+    vision rows in classes (R rows of W patches), smallest W first."""
+
+    rows: int
+    seq_len: int
+    vision_rows: tuple[tuple[int, int], ...] = ()
+    max_samples_per_row: int | None = None
+
+    def __post_init__(self) -> None:
+        classes = tuple(tuple(c) for c in self.vision_rows)
+        object.__setattr__(self, "vision_rows", classes)
+        for name in ("rows", "seq_len"):
+            value = getattr(self, name)
+            _check("pack", name, value, _whole(value) and value > 0, "a positive whole number")
+        for entry in classes:
+            good = len(entry) == 2 and all(_whole(n) and n > 0 for n in entry)
+            _check("pack", "vision_rows", classes, good, "pairs of (rows, patches in a row)")
+        widths = [w for _, w in classes]
+        _check(
+            "pack",
+            "vision_rows",
+            classes,
+            widths == sorted(set(widths)),
+            "sorted by patches in a row, each length once",
+        )
+        limit = self.max_samples_per_row
+        _check(
+            "pack",
+            "max_samples_per_row",
+            limit,
+            limit is None or (_whole(limit) and limit > 0),
+            "a positive whole number or None",
+        )
+
+    @property
+    def token_slots(self) -> int:
+        return self.rows * self.seq_len
+
+    @property
+    def patch_slots(self) -> int:
+        return sum(r * w for r, w in self.vision_rows)
+
+    def check(self, model: ModelConfig) -> None:
+        """Raises ConfigError where a vision row would cut a merged token."""
+        unit = model.vision.merge_unit
+        for _, width in self.vision_rows:
+            if width % unit:
+                raise ConfigError(
+                    f"pack.vision_rows has rows of {width} patches; with merge size "
+                    f"{model.vision.spatial_merge_size} it must be a multiple of {unit}."
+                )

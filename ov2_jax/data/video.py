@@ -1,0 +1,173 @@
+"""Clips as uniform frames, decoded one after the other with PyAV.
+
+Sequential decoding gives the true frame numbers, which the model sees as t; seeking does not, in
+variable-frame-rate and badly cut files. A frame's time is its number / the average frame rate. As
+for pictures, a rotation in the metadata is not applied.
+"""
+
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+from PIL import Image
+
+from ov2_jax.data.errors import SampleError
+
+# A container may announce a few frames more than decode (cut at a non-key frame). More missing than
+# this share is a truncated file.
+MAX_MISSING_SHARE = 0.05
+_DECODER_THREADS = 2  # more would fight over cores with the other workers
+
+
+class Clip(NamedTuple):
+    """Decoded frames, their numbers in the source video (the t that the model sees), seconds."""
+
+    frames: tuple[Image.Image, ...]
+    frame_numbers: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+
+class Sampling(NamedTuple):
+    """Which frames to take; see DataConfig."""
+
+    num_frames: int | None
+    target_fps: float | None
+    max_frames: int
+
+    def count(self, seconds: float) -> int:
+        """Frames to take from a clip of a duration (the reference's rule)."""
+        if self.target_fps is not None:
+            return min(max(1, int(seconds * self.target_fps)), self.max_frames)
+        if self.num_frames is not None:
+            return self.num_frames
+        return 8 if seconds < 10 else 16 if seconds < 30 else self.max_frames
+
+
+def select_frames(available: int, wanted: int) -> list[int]:
+    """Uniform frame numbers from first to last, as torch.linspace(...).round() gives them.
+
+    torch works in float32 with fused multiply-add, forward from the start and, from the middle on,
+    back from the end; its round, like numpy's, sends halves to the even neighbour.
+    """
+    if available <= wanted:
+        return list(range(available))
+    if wanted == 1:
+        return [0]
+    i = np.arange(wanted)
+    end, step = float(available - 1), float(np.float32(available - 1) / np.float32(wanted - 1))
+    exact = np.where(i < wanted // 2, step * i, end - step * (wanted - 1 - i))
+    return np.rint(exact.astype(np.float32)).astype(np.int64).tolist()
+
+
+class _Clock:
+    """Raises SampleError video_timeout once the time is up; asked between packets, as no signal
+    reaches a worker's thread."""
+
+    def __init__(self, path: str, limit_s: float) -> None:
+        self._path, self._limit, self._end = path, limit_s, time.monotonic() + limit_s
+
+    def check(self) -> None:
+        if time.monotonic() > self._end:
+            raise SampleError(
+                "video_timeout", f"{self._path} took longer than {self._limit:g} s to decode"
+            )
+
+    def open(self) -> av.container.InputContainer:
+        self.check()
+        left = max(self._end - time.monotonic(), 0.001)
+        return av.open(self._path, timeout=(left, left))
+
+
+def _count_frames(clock: _Clock) -> int:
+    """Frames by counting packets, for containers that do not say (WebM, Matroska, ...)."""
+    with clock.open() as container:
+        count = 0
+        for packet in container.demux(video=0):
+            clock.check()
+            count += packet.size > 0 and not packet.is_discard
+    return count
+
+
+def _decode(clock: _Clock, numbers: list[int]) -> tuple[list[Image.Image], int]:
+    """The frames of the given ascending numbers that exist, and how many frames were seen."""
+    frames, seen = [], 0
+    with clock.open() as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = _DECODER_THREADS
+        for packet in container.demux(stream):
+            clock.check()
+            for frame in packet.decode():
+                if seen == numbers[len(frames)]:
+                    frames.append(frame.to_image())
+                seen += 1
+                if len(frames) == len(numbers):
+                    return frames, seen
+    return frames, seen
+
+
+def read_clip(
+    path: str,
+    sampling: Sampling,
+    *,
+    timeout_s: float,
+    fps: float | None = None,
+    before_decoding: Callable[[int, int, int], None] = lambda frames, height, width: None,
+) -> Clip:
+    """Reads a clip's uniform frames as RGB.
+
+    `fps` stands in for the container's average frame rate. `before_decoding` is told the number of
+    frames and their height and width and may raise SampleError: refusing a clip that cannot fit is
+    much cheaper than decoding it. Raises SampleError missing_file, bad_video or video_timeout.
+    """
+    if not Path(path).is_file():
+        raise SampleError("missing_file", f"there is no clip {path}")
+    clock = _Clock(path, timeout_s)
+    try:
+        return _read(path, sampling, clock, fps, before_decoding)
+    except SampleError:
+        raise
+    except Exception as error:  # PyAV maps FFmpeg's errors onto many classes
+        clock.check()  # an interrupted read looks like any other broken one
+        raise SampleError("bad_video", f"{path}: {type(error).__name__}: {error}") from error
+
+
+def _read(
+    path: str,
+    sampling: Sampling,
+    clock: _Clock,
+    fps: float | None,
+    before_decoding: Callable[[int, int, int], None],
+) -> Clip:
+    with clock.open() as container:
+        if not container.streams.video:
+            raise SampleError("bad_video", f"{path} has no video stream")
+        stream = container.streams.video[0]
+        height, width, announced = stream.height, stream.width, stream.frames
+        rate: float | Fraction | None = fps or stream.average_rate or stream.guessed_rate
+    if not rate or not height or not width:
+        raise SampleError("bad_video", f"{path} states no frame rate or no size")
+    available = announced or _count_frames(clock)
+    if not available:
+        raise SampleError("bad_video", f"{path} has no frames")
+
+    def choose(available: int) -> list[int]:
+        return select_frames(available, sampling.count(available / float(rate)))
+
+    numbers = choose(available)
+    before_decoding(len(numbers), height, width)
+    frames, seen = _decode(clock, numbers)
+    if len(frames) < len(numbers):
+        if not seen or seen < (1 - MAX_MISSING_SHARE) * available:
+            raise SampleError(
+                "bad_video", f"only {seen} of {available} frames of {path} could be decoded"
+            )
+        numbers = choose(seen)
+        frames, _ = _decode(clock, numbers)
+        if len(frames) < len(numbers):
+            raise SampleError("bad_video", f"{path} decodes differently every time")
+    return Clip(tuple(frames), tuple(numbers), tuple(n / float(rate) for n in numbers))
