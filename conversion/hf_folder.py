@@ -104,12 +104,11 @@ def _complete_auto_map(
     raw: dict[str, Any], wanted: dict[str, str], repository: str, folder: pathlib.Path
 ) -> bool:
     """Fills `raw["auto_map"]` so that every class can be found; whether anything changed."""
-    given = dict(raw.get("auto_map") or {})
-    for name, reference in (wanted | given).items():
-        module = reference.split(".")[0]
-        if "--" not in reference and not (folder / f"{module}.py").exists():
-            reference = f"{repository}--{reference}"
-        given[name] = reference
+    given = wanted | (raw.get("auto_map") or {})
+    for name, reference in given.items():
+        module = str(reference).split(".")[0]
+        if reference in wanted.values() and not (folder / f"{module}.py").exists():
+            given[name] = f"{repository}--{reference}"
     changed = given != raw.get("auto_map")
     raw["auto_map"] = given
     return changed

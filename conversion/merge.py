@@ -1,0 +1,317 @@
+"""The start checkpoint: a standalone encoder, a merger and a Qwen3 become one full model.
+
+    python -m conversion.merge --encoder=HF_DIR --llm=HF_DIR [--merger=HF_DIR] --out=HF_DIR
+        [--merge-size=2] [--frame-windows-size=4] [--dtype=bfloat16] [--seed=0] [--dry-run]
+
+The encoder is a OneVision-Encoder or -Lang. Its q/k/v are stacked, its pooling head, post-norm and
+RoPE tables are dropped. Without `--merger` the merger is fresh: normal kernels of standard
+deviation 0.02, zero biases. A tied head of the language model is copied. Tokenizer, generation
+config and special token ids come from the language model's folder, the patch size from the
+encoder. `--dry-run` prints the plan and checks all of it, and writes nothing.
+"""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from conversion import cli, hf_folder
+from conversion.errors import ConversionError, listing
+from conversion.keys import Entry, key_table
+from conversion.safetensors_io import (
+    DEFAULT_MAX_SHARD_BYTES,
+    WEIGHT_DTYPES,
+    SafetensorsFolder,
+    SafetensorsWriter,
+    TensorSpec,
+    copy_into,
+    weight_dtype,
+)
+from ov2_jax.model.config import (
+    ModelConfig,
+    model_config_from_hf,
+    model_config_to_hf,
+    read_hf_config,
+    vision_config_from_hf,
+)
+
+_MERGER = "model.visual.merger."
+_OLD_MERGER = "model.mm_projector."
+_FRESH_STD = 0.02
+# Facts about the language model as a folder of its own; the merged config states its own.
+_NOT_TEXT = ("architectures", "auto_map", "transformers_version", "dtype", "torch_dtype")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One of the folders that are merged: its weights under the names that the plan uses."""
+
+    title: str
+    weights: SafetensorsFolder
+    names: dict[str, str]  # the plan's name -> the folder's
+    dropped: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One tensor of the merged model."""
+
+    entry: Entry
+    part: Part | None  # None: made fresh
+    names: tuple[str, ...]  # of `part`; several are stacked along axis 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A checked merge: every tensor of the model and where it comes from."""
+
+    config: ModelConfig
+    raw_config: dict[str, Any]
+    dtype: np.dtype
+    parts: tuple[Part, ...]
+    steps: tuple[Step, ...]
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        return [TensorSpec(s.entry.key, s.entry.hf_shape, self.dtype) for s in self.steps]
+
+    def describe(self) -> str:
+        """The plan in a few lines."""
+        lines = []
+        for part in self.parts:
+            lines.append(
+                f"{part.title:9} {part.weights.folder}: {len(part.names)} keys used, "
+                f"{len(part.dropped)} dropped, {part.weights.nbytes / 1e9:.2f} GB"
+            )
+            lines += [f"            dropped {name}" for name in part.dropped]
+        fresh = [s.entry.key for s in self.steps if s.part is None]
+        if fresh:
+            lines.append(f"{'merger':9} fresh: {len(fresh)} keys")
+        vision, text = self.config.vision, self.config.text
+        parameters = sum(math.prod(spec.shape) for spec in self.specs)
+        lines += [
+            f"{'model':9} patch {vision.patch_size}, merge {vision.spatial_merge_size}, windows of "
+            f"{vision.frame_windows_size} frames; encoder {vision.num_hidden_layers} x "
+            f"{vision.hidden_size}, decoder {text.num_hidden_layers} x {text.hidden_size}",
+            f"{'result':9} {len(self.steps)} keys, {parameters:,} parameters, {self.dtype.name}, "
+            f"{sum(spec.nbytes for spec in self.specs) / 1e9:.2f} GB",
+        ]
+        return "\n".join(lines)
+
+
+def _part(title: str, folder: epath.PathLike) -> Part:
+    """Names as the standalone tables have them; sorts out what no merged model has."""
+    weights = SafetensorsFolder(folder)
+    names: dict[str, str] = {}
+    dropped = []
+    for stored in weights.tensors:
+        name = stored
+        if title == "encoder":
+            name = name.replace("_orig_mod.", "")  # left behind by torch.compile
+        if title == "merger" and name.startswith(_OLD_MERGER):
+            name = _MERGER + name.removeprefix(_OLD_MERGER)
+        buffer = name.split(".")[-1].startswith("inv_freq")
+        if buffer or (title == "encoder" and name.startswith(("head.", "layernorm_post."))):
+            dropped.append(stored)
+        elif name in names:
+            raise ConversionError(f"{folder}: {stored} and {names[name]} are the same key.")
+        else:
+            names[name] = stored
+    return Part(title, weights, names, tuple(dropped))
+
+
+def _configs(
+    encoder: epath.PathLike, llm: epath.PathLike, merge_size: int, frame_windows_size: int
+) -> tuple[ModelConfig, dict[str, Any], bool]:
+    """The merged config, the language model's config.json, and whether its head is tied."""
+    raw_encoder, raw_llm = read_hf_config(encoder), read_hf_config(llm)
+    for folder, raw, wanted in (
+        (encoder, raw_encoder, "a standalone OneVision-Encoder"),
+        (llm, raw_llm, "a Qwen3"),
+    ):
+        if "vision_config" in raw:
+            raise ConversionError(f"{folder} is a full model already; {wanted} is needed here.")
+    if raw_llm.get("model_type") != "qwen3":
+        raise ConversionError(
+            f"{llm} has model_type {raw_llm.get('model_type')!r}; a dense Qwen3 is needed here."
+        )
+    vision = dataclasses.replace(
+        vision_config_from_hf(raw_encoder, f"{encoder}/config.json"),
+        use_head=False,
+        spatial_merge_size=merge_size,
+        frame_windows_size=frame_windows_size,
+        out_hidden_size=raw_llm["hidden_size"],
+    )
+    config = model_config_from_hf(
+        {
+            "model_type": "llava_onevision2",
+            "tie_word_embeddings": False,
+            "vision_config": dataclasses.asdict(vision),
+            "text_config": raw_llm,
+            **hf_folder.special_token_ids(llm),
+        }
+    )
+    return config, raw_llm, bool(raw_llm.get("tie_word_embeddings", False))
+
+
+def make_plan(
+    encoder: epath.PathLike,
+    llm: epath.PathLike,
+    merger: epath.PathLike | None = None,
+    *,
+    merge_size: int = 2,
+    frame_windows_size: int = 4,
+    dtype: str | None = None,
+) -> Plan:
+    """Works out and checks a merge from configs and headers alone.
+
+    Args:
+      encoder, llm, merger: Hugging Face folders; without `merger` it is made fresh.
+      merge_size: m; m*m patches become one token.
+      frame_windows_size: frames that attend to each other.
+      dtype: of the result; None takes the language model's.
+
+    Raises:
+      ConversionError: listing every key that is unused, missing or misshapen.
+    """
+    config, raw_llm, tied = _configs(encoder, llm, merge_size, frame_windows_size)
+    parts = {"encoder": _part("encoder", encoder), "llm": _part("llm", llm)}
+    if merger is not None:
+        parts["merger"] = _part("merger", merger)
+    standalone: dict[tuple, list[str]] = {}
+    for entry in key_table(config.vision):
+        standalone.setdefault((entry.path, entry.layer), []).append(entry.key)
+
+    def step(entry: Entry) -> Step:
+        if entry.path[0] == "encoder":
+            return Step(entry, parts["encoder"], tuple(standalone[entry.path, entry.layer]))
+        if entry.path[0] == "merger":
+            return Step(entry, parts.get("merger"), (entry.key,))
+        if entry.key == "lm_head.weight" and tied and entry.key not in parts["llm"].names:
+            return Step(entry, parts["llm"], ("model.embed_tokens.weight",))
+        name = entry.key.replace("model.language_model.", "model.")
+        return Step(entry, parts["llm"], (name,))
+
+    steps = tuple(step(entry) for entry in key_table(config))
+    _check(steps, parts)
+    if dtype is None:
+        found = {t.dtype.name for t in parts["llm"].weights.tensors.values()}
+        if len(found) > 1:
+            raise ConversionError(
+                f"{llm} has weights of several dtypes ({', '.join(sorted(found))}); "
+                "choose one with --dtype."
+            )
+        dtype = found.pop()
+    raw = model_config_to_hf(config, dtype=dtype)
+    text = {name: value for name, value in raw_llm.items() if name not in _NOT_TEXT}
+    raw["text_config"] = text | raw["text_config"]
+    return Plan(config, raw, weight_dtype(dtype), tuple(parts.values()), steps)
+
+
+def _check(steps: tuple[Step, ...], parts: Mapping[str, Part]) -> None:
+    problems = []
+    for part in parts.values():
+        wanted: dict[str, Step] = {n: s for s in steps if s.part is part for n in s.names}
+        unused = sorted(part.names[n] for n in part.names.keys() - wanted.keys())
+        if unused:
+            problems.append(listing(f"{part.title}: keys with no place in the model", unused))
+        missing = [n for n in wanted if n not in part.names]
+        if missing:
+            problems.append(listing(f"{part.title}: keys that are missing", missing))
+        misshapen = []
+        for name, step in wanted.items():
+            rows, *rest = step.entry.hf_shape
+            must = (rows // len(step.names), *rest)
+            if name in part.names:
+                tensor = part.weights.tensors[part.names[name]]
+                if tensor.shape != must:
+                    misshapen.append(f"{name}: is {list(tensor.shape)}, must be {list(must)}")
+                elif tensor.dtype.name not in WEIGHT_DTYPES:
+                    misshapen.append(f"{name}: has dtype {tensor.dtype.name}")
+        if misshapen:
+            problems.append(listing(f"{part.title}: keys that don't fit", misshapen))
+    if problems:
+        raise ConversionError("\n".join(["The parts do not make one model.", *problems]))
+
+
+def _fresh(entry: Entry, rng: np.random.Generator) -> np.ndarray:
+    """A new merger's parameter, as the reference initialises it."""
+    kind = entry.path[-1]
+    if kind == "kernel":
+        return _FRESH_STD * rng.standard_normal(entry.hf_shape, np.float32)
+    return np.full(entry.hf_shape, float(kind == "scale"), np.float32)
+
+
+def write(
+    plan: Plan,
+    llm: epath.PathLike,
+    out: epath.PathLike,
+    *,
+    seed: int = 0,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+) -> None:
+    """Carries the plan out into the new folder `out`, tensor by tensor."""
+    rng = np.random.default_rng(seed)
+    with cli.destination(out) as folder:
+        hf_folder.copy_side_files(llm, folder)
+        hf_folder.write_json(folder / "config.json", plan.raw_config)
+        with (
+            SafetensorsWriter(folder, plan.specs, max_shard_bytes) as writer,
+            cli.progress_bar("merging", sum(spec.nbytes for spec in plan.specs)) as progress,
+        ):
+            for step in plan.steps:
+                target = writer.array(step.entry.key)
+                if step.part is None:
+                    sources = [_fresh(step.entry, rng)]
+                else:
+                    names = [step.part.names[name] for name in step.names]
+                    sources = [step.part.weights.array(name) for name in names]
+                rows = len(target) // len(sources)
+                for i, source in enumerate(sources):
+                    copy_into(target[i * rows : (i + 1) * rows], source)
+                progress(target.nbytes)
+        hf_folder.complete(folder, plan.config, plan.dtype.name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m conversion.merge",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--encoder", required=True, help="standalone encoder's folder")
+    parser.add_argument("--llm", required=True, help="Qwen3 folder")
+    parser.add_argument("--merger", help="folder with the merger's weights (default: fresh)")
+    parser.add_argument("--out", required=True, help="new Hugging Face folder")
+    parser.add_argument("--merge-size", type=int, default=2, help="patches along a token's side")
+    parser.add_argument("--frame-windows-size", type=int, default=4)
+    parser.add_argument("--dtype", choices=WEIGHT_DTYPES, help="default: the language model's")
+    parser.add_argument("--seed", type=int, default=0, help="of a fresh merger")
+    parser.add_argument("--dry-run", action="store_true", help="check and print, write nothing")
+    cli.add_max_shard_size(parser)
+
+    def run(args: argparse.Namespace) -> None:
+        plan = make_plan(
+            args.encoder,
+            args.llm,
+            args.merger,
+            merge_size=args.merge_size,
+            frame_windows_size=args.frame_windows_size,
+            dtype=args.dtype,
+        )
+        print(plan.describe())
+        if args.dry_run:
+            print("Dry run: everything fits, nothing was written.")
+            return
+        write(plan, args.llm, args.out, seed=args.seed, max_shard_bytes=args.max_shard_size)
+        print(f"{args.out} is ready for conversion.from_hf and transformers.")
+
+    cli.main(run, parser)
+
+
+if __name__ == "__main__":
+    main()

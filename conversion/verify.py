@@ -1,0 +1,346 @@
+"""Checks this package's model on a checkpoint against tensors dumped from PyTorch.
+
+    python -m conversion.verify --hf=HF_DIR --case=CASE_DIR
+
+Everything is computed in float32. One line is printed per expected tensor; the exit status is 1 if
+one of them fails. docs/verify.md describes the case folder and how to dump one.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from conversion import cli
+from conversion.errors import ConversionError, listing
+from conversion.keys import Config, Entry, Path, as_ours, key_table
+from conversion.load import load_hf_params
+from conversion.orbax_io import flatten
+from ov2_jax.data.batch import Batch, VisionRows
+from ov2_jax.model.compute import ComputeConfig
+from ov2_jax.model.config import ModelConfig, VisionConfig
+from ov2_jax.model.encoder import VisionEncoder
+from ov2_jax.model.llava_onevision2 import LlavaOnevision2
+
+Arrays = Mapping[str, np.ndarray]
+# (sample, its inputs, names that are expected of it) -> what we make of it, by expected name
+Outputs = Callable[[str, Arrays, Iterable[str]], dict[str, np.ndarray]]
+
+IGNORED_LABEL = -100  # as in PyTorch's cross entropy
+
+# Bounds in float32: absolute, but gradients relative to their norm.
+ABSOLUTE = 2e-5
+LOSS_ABSOLUTE = 2e-6
+GRADIENT_RELATIVE = 1e-4
+
+_TEXT_INPUTS = {"input_ids", "labels"}
+_VISION_INPUTS = {"pixel_values", "image_grid_thw", "patch_positions"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One expected tensor against ours; `problem` says why there is nothing to compare."""
+
+    name: str
+    shape: tuple[int, ...]
+    max_abs: float = float("nan")
+    relative: float = float("nan")  # norm of the difference / norm of the expected
+    bound: str = ""
+    passed: bool = False
+    problem: str = ""
+
+    def __str__(self) -> str:
+        verdict = "pass" if self.passed else "FAIL"
+        what = (
+            self.problem
+            or f"max abs {self.max_abs:.2e}  relative {self.relative:.2e}  ({self.bound})"
+        )
+        return f"{verdict}  {self.name}  {list(self.shape)}  {what}"
+
+
+def compare(name: str, expected: np.ndarray, actual: np.ndarray) -> Comparison:
+    """Compares under the bound that belongs to the tensor's name; NaNs fail."""
+    if actual.shape != expected.shape:
+        return Comparison(name, expected.shape, problem=f"ours has shape {list(actual.shape)}")
+    want, got = expected.astype(np.float64), np.asarray(actual).astype(np.float64)
+    max_abs = float(np.max(np.abs(got - want), initial=0.0))
+    difference, norm = float(np.linalg.norm(got - want)), float(np.linalg.norm(want))
+    relative = difference / norm if norm else float(difference > 0)
+    kind = name.split(".", 1)[1]
+    if kind.startswith("grad."):
+        bound, passed = f"relative <= {GRADIENT_RELATIVE:g}", relative <= GRADIENT_RELATIVE
+    else:
+        limit = LOSS_ABSOLUTE if kind == "loss" else ABSOLUTE
+        bound, passed = f"max abs <= {limit:g}", max_abs <= limit
+    return Comparison(name, expected.shape, max_abs, relative, bound, passed)
+
+
+def read_samples(file: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
+    """A case's safetensors file, whose names are `<sample>.<name>`, by sample."""
+    from safetensors.numpy import load_file  # cases are small and plain; no streaming needed
+
+    if not file.exists():
+        raise ConversionError(f"{file.parent} is not a case: it has no {file.name}.")
+    samples: dict[str, dict[str, np.ndarray]] = {}
+    for full, value in load_file(file).items():
+        sample, dot, name = full.partition(".")
+        if not dot:
+            raise ConversionError(f"{file}: {full!r} must be named <sample>.<name>.")
+        samples.setdefault(sample, {})[name] = value
+    return samples
+
+
+def window_ids(grid_thw: np.ndarray, frame_windows_size: int) -> np.ndarray:
+    """Window number of each patch, from 1, int32 [P].
+
+    Every grid row [t, h, w] is cut into windows of `frame_windows_size` frames; the last one of a
+    row may be shorter.
+    """
+    ids = []
+    window = 0
+    for t, h, w in grid_thw.tolist():
+        frames = np.arange(t) // frame_windows_size
+        ids.append(np.repeat(frames + window + 1, h * w))
+        window += -(-t // frame_windows_size)
+    return np.concatenate(ids).astype(np.int32)
+
+
+# --- the full model -------------------------------------------------------------------------------
+
+
+def _check_inputs(sample: str, inputs: Arrays, needed: set[str], allowed: set[str]) -> None:
+    problems = [f"{sample}.{n} is missing" for n in sorted(needed - inputs.keys())]
+    problems += [f"{sample}.{n} is not known" for n in sorted(inputs.keys() - allowed)]
+    if problems:
+        raise ConversionError(listing("inputs.safetensors does not fit the model", problems))
+
+
+def _vision_rows(config: ModelConfig, sample: str, inputs: Arrays) -> VisionRows:
+    """All patches of a sample as one row, a window being a segment."""
+    pixels = inputs["pixel_values"].astype(np.float32)
+    windows = window_ids(inputs["image_grid_thw"], config.vision.frame_windows_size)
+    if not len(pixels) == len(windows) == len(inputs["patch_positions"]):
+        raise ConversionError(
+            f"sample {sample}: pixel_values has {len(pixels)} patches, patch_positions "
+            f"{len(inputs['patch_positions'])}, and image_grid_thw makes {len(windows)}."
+        )
+    return VisionRows(
+        pixels.reshape(1, 1, len(pixels), -1),
+        inputs["patch_positions"].astype(np.int32)[None, None],
+        windows[None, None],
+    )
+
+
+def _batch(config: ModelConfig, sample: str, inputs: Arrays) -> Batch:
+    """A sample as a batch of one pack with one text row, nothing padded."""
+    has_vision = "pixel_values" in inputs
+    needed = _TEXT_INPUTS | (_VISION_INPUTS if has_vision else set())
+    _check_inputs(sample, inputs, needed, needed)
+    tokens = inputs["input_ids"].astype(np.int32)  # 1 L
+    labels = inputs["labels"].astype(np.int32)
+    if tokens.shape != labels.shape or tokens.shape[0] != 1:
+        raise ConversionError(
+            f"sample {sample}: input_ids {list(tokens.shape)} and labels {list(labels.shape)} must "
+            "both be [1, L]."
+        )
+    is_image = tokens == config.image_token_id
+    vision = (_vision_rows(config, sample, inputs),) if has_vision else ()
+    merged = vision[0].patches.shape[2] // config.vision.merge_unit if has_vision else 0
+    if is_image.sum() != merged:
+        raise ConversionError(
+            f"sample {sample}: {is_image.sum()} image tokens for {merged} merged vision tokens."
+        )
+    targets = np.full_like(tokens, IGNORED_LABEL)
+    targets[:, :-1] = labels[:, 1:]
+    return Batch(
+        tokens=tokens[None],
+        targets=targets[None],
+        positions=np.arange(tokens.shape[1], dtype=np.int32)[None, None],
+        segment_ids=np.ones_like(tokens)[None],
+        vision_index=np.where(is_image, np.cumsum(is_image) - 1, -1).astype(np.int32)[None],
+        vision=vision,
+    )
+
+
+def _mean_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean cross entropy over the supervised tokens."""
+    supervised = targets != IGNORED_LABEL
+    log_p = jax.nn.log_softmax(logits, -1)
+    picked = jnp.take_along_axis(log_p, jnp.where(supervised, targets, 0)[..., None], -1)[..., 0]
+    return -jnp.sum(picked * supervised) / jnp.sum(supervised)
+
+
+def _by_key(table: tuple[Entry, ...], gradients: Mapping[Path, Any]) -> dict[str, np.ndarray]:
+    """Our gradients in Hugging Face's names and shapes."""
+    found = {}
+    for entry in table:
+        leaf = np.asarray(gradients[entry.path])
+        ours = (leaf if entry.layer is None else leaf[entry.layer])[..., entry.last_axis]
+        gradient = np.empty(entry.hf_shape, np.float32)
+        as_ours(entry, gradient)[...] = ours
+        found[f"grad.{entry.key}"] = gradient
+    return found
+
+
+def _model_outputs(config: ModelConfig, params: dict[str, Any]) -> Outputs:
+    graph, state = _module(
+        lambda: LlavaOnevision2(config, rngs=nnx.Rngs(0), compute=ComputeConfig(dtype="float32")),
+        params,
+    )
+    table = key_table(config)
+
+    @jax.jit
+    def vision(state: nnx.State, rows: VisionRows) -> dict[str, jax.Array]:
+        model = nnx.merge(graph, state)
+        features, layers = model.encoder(*(x[0] for x in rows), collect_layers=True)
+        named = {f"vision_layer{i}": layer[0] for i, layer in enumerate(layers)}
+        return named | {"vision_last": layers[-1, 0], "vision_merged": model.merger(features)[0]}
+
+    def text(state: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(graph, state)
+        hidden, _ = model(batch)
+        logits = model.decoder.logits(hidden)
+        return _mean_loss(logits, batch.targets[0]), logits
+
+    forward = jax.jit(text)
+    backward = jax.jit(jax.value_and_grad(text, has_aux=True))
+
+    def outputs(sample: str, inputs: Arrays, wanted: Iterable[str]) -> dict[str, np.ndarray]:
+        batch = _batch(config, sample, inputs)
+        found = dict(vision(state, batch.vision[0])) if batch.vision else {}
+        if any(name.startswith("grad.") for name in wanted):
+            (loss, logits), gradients = backward(state, batch)
+            found |= _by_key(table, flatten(nnx.to_pure_dict(gradients)))
+        else:  # the gradients of an 8B model are 34 GB
+            loss, logits = forward(state, batch)
+        return {
+            k: np.asarray(v) for k, v in (found | {"loss": loss[None], "logits": logits}).items()
+        }
+
+    return outputs
+
+
+# --- the standalone encoder -----------------------------------------------------------------------
+
+
+def raster_patches(pixels: np.ndarray, patch_size: int) -> tuple[np.ndarray, int, int]:
+    """[B C H W] or [B C T H W] -> patches [B P C*p*p] in raster (t, h, w) order, and h, w."""
+    if pixels.ndim == 4:
+        pixels = pixels[:, :, None]
+    b, c, t, height, width = pixels.shape
+    h, w = height // patch_size, width // patch_size
+    cut = pixels[..., : h * patch_size, : w * patch_size]
+    cut = cut.reshape(b, c, t, h, patch_size, w, patch_size)
+    return cut.transpose(0, 2, 3, 5, 1, 4, 6).reshape(b, t * h * w, -1), h, w
+
+
+def _encoder_outputs(config: VisionConfig, params: dict[str, Any]) -> Outputs:
+    graph, state = _module(
+        lambda: VisionEncoder(config, rngs=nnx.Rngs(0), compute=ComputeConfig(dtype="float32")),
+        params["encoder"],
+    )
+
+    @jax.jit
+    def run(state: nnx.State, patches: jax.Array, positions: jax.Array) -> dict[str, jax.Array]:
+        model = nnx.merge(graph, state)
+        whole = jnp.ones(patches.shape[:2], jnp.int32)  # a sample is one window
+        features, _ = model(patches, positions, whole)
+        found = {"last_hidden_state": features}
+        if config.use_head:
+            found["pooler_output"] = model.pool(features, whole)
+        return found
+
+    def outputs(sample: str, inputs: Arrays, wanted: Iterable[str]) -> dict[str, np.ndarray]:
+        del wanted
+        allowed = {"pixel_values", "visible_indices"}
+        _check_inputs(sample, inputs, {"pixel_values"}, allowed)
+        patches, h, w = raster_patches(inputs["pixel_values"], config.patch_size)
+        visible = np.broadcast_to(np.arange(patches.shape[1]), patches.shape[:2])
+        if "visible_indices" in inputs:
+            visible = inputs["visible_indices"]
+            # As in the reference, a full set of indices permutes the positions only.
+            if visible.shape[1] != patches.shape[1]:
+                patches = np.take_along_axis(patches, visible[..., None], 1)
+        positions = np.stack([visible // (h * w), visible // w % h, visible % w], -1)
+        return {
+            k: np.asarray(v) for k, v in run(state, patches, positions.astype(np.int32)).items()
+        }
+
+    return outputs
+
+
+# --- both -----------------------------------------------------------------------------------------
+
+
+def _module(make: Callable[[], nnx.Module], params: dict[str, Any]) -> tuple[Any, nnx.State]:
+    """The graph of a module and its state with `params`, made without initialising it."""
+    graph, state = nnx.split(nnx.eval_shape(make))
+    nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, params))
+    return graph, state
+
+
+def verify(hf: epath.PathLike, case: epath.PathLike) -> Iterator[Comparison]:
+    """Runs every sample of a case and yields a comparison for every expected tensor.
+
+    Args:
+      hf: Hugging Face folder of a full model or a standalone encoder.
+      case: folder with inputs.safetensors and expected.safetensors.
+
+    Raises:
+      ConversionError: the folder or the inputs don't fit together.
+    """
+    folder = pathlib.Path(case)
+    inputs = read_samples(folder / "inputs.safetensors")
+    expected = read_samples(folder / "expected.safetensors")
+    if not expected:
+        raise ConversionError(f"{case}/expected.safetensors expects nothing.")
+    config: Config
+    config, params = load_hf_params(hf, dtype="float32")
+    make = _model_outputs if isinstance(config, ModelConfig) else _encoder_outputs
+    with jax.default_matmul_precision("highest"):
+        outputs = make(config, params)
+        for sample in sorted(expected, key=_natural):
+            found = outputs(sample, inputs[sample], expected[sample]) if sample in inputs else {}
+            for name, value in expected[sample].items():
+                if name in found:
+                    yield compare(f"{sample}.{name}", value, found[name])
+                else:
+                    why = "not made by this model" if found else "there is no such sample in inputs"
+                    yield Comparison(f"{sample}.{name}", value.shape, problem=why)
+
+
+def _natural(text: str) -> list[Any]:
+    """Sorts 10 behind 9."""
+    return [
+        (part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", text)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m conversion.verify", description=__doc__)
+    parser.add_argument("--hf", required=True, help="Hugging Face folder")
+    parser.add_argument("--case", required=True, help="case folder")
+
+    def run(args: argparse.Namespace) -> None:
+        results = []
+        for result in verify(args.hf, args.case):
+            print(result, flush=True)
+            results.append(result)
+        failed = sum(not result.passed for result in results)
+        print(f"{len(results) - failed} of {len(results)} tensors pass.")
+        sys.exit(1 if failed else 0)
+
+    cli.main(run, parser)
+
+
+if __name__ == "__main__":
+    main()
