@@ -37,7 +37,9 @@ class ComputeConfig:
             )
         for name in ("attention_block", "loss_block"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"compute.{name} must be at least 1, but is {getattr(self, name)}.")
+                raise ConfigError(
+                    f"compute.{name} must be at least 1, but is {getattr(self, name)}."
+                )
 
     @property
     def jax_dtype(self) -> jnp.dtype:

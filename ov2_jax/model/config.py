@@ -74,8 +74,8 @@ class VisionConfig:
             )
         if self.head_dim % 32:
             raise ConfigError(
-                f"vision_config: head size {self.head_dim} (hidden_size / num_attention_heads) must "
-                "be a multiple of 32, so that half of it splits 4:6:6 between t, h and w."
+                f"vision_config: hidden_size / num_attention_heads is {self.head_dim}; it must be "
+                "a multiple of 32, so that half of it splits 4:6:6 between t, h and w."
             )
 
     @property
@@ -220,10 +220,10 @@ def _rope_theta(raw: Mapping[str, Any], where: str) -> dict[str, float]:
 def vision_config_from_hf(raw: Mapping[str, Any], where: str = "vision_config") -> VisionConfig:
     """`raw` is a `vision_config`, or the whole config.json of a standalone encoder."""
     _only(raw, where, hidden_act=("gelu",), temporal_patch_size=(1, None))
-    # Defaults that the reference's config class fills in for a missing key.
-    defaults = {"use_head": raw.get("use_head", "spatial_merge_size" not in raw)}
-    if raw.get("spatial_merge_size") is None:
-        defaults["spatial_merge_size"] = 3
+    # What the reference's config classes fill in for a missing key, where it isn't our default.
+    standalone = where != "vision_config"
+    missing = {"use_head": standalone, "spatial_merge_size": 2 if standalone else 3}
+    defaults = {k: v for k, v in missing.items() if raw.get(k) is None}
     return _take(raw, VisionConfig, where, **defaults)
 
 
@@ -279,9 +279,7 @@ def model_config_to_hf(config: ModelConfig, *, dtype: str = "bfloat16") -> dict[
     vision = dataclasses.asdict(config.vision)
     text = dataclasses.asdict(config.text)
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": config.text.rope_theta}
-    ids = {
-        k: v for k, v in dataclasses.asdict(config).items() if k.endswith("_token_id")
-    }
+    ids = {k: v for k, v in dataclasses.asdict(config).items() if k.endswith("_token_id")}
     return {
         "architectures": ["LlavaOnevision2ForConditionalGeneration"],
         "model_type": "llava_onevision2",

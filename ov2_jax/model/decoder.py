@@ -138,9 +138,7 @@ class Decoder(nnx.Module):
         return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
     def _rope(self, positions: jax.Array) -> Rope:
-        return text_rope(
-            positions, head_dim=self.config.head_dim, theta=self.config.rope_theta
-        )
+        return text_rope(positions, head_dim=self.config.head_dim, theta=self.config.rope_theta)
 
     def __call__(
         self,

@@ -58,7 +58,7 @@ NORMS = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], n: int, rngs: nnx.Rngs) -> nnx.Module:
     """n layers as one module whose parameters have a leading layer axis."""
-    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.fork(split=n))
+    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(n))
 
 
 def scan_layers(

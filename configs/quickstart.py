@@ -1,0 +1,76 @@
+"""The quickstart: a 3-million-parameter LLaVA-OneVision-2 from nothing, on two CPU cores.
+
+    make quickstart
+
+or, step by step:
+
+    python -m ov2_jax.quickstart.dataset --out=runs/quickstart/data
+    python -m ov2_jax.train --config=configs/quickstart.py --config.workdir=runs/quickstart/model
+
+Same architecture, data road and checkpoint as the real configs; only sizes differ.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from ov2_jax.model.config import ModelConfig, TextConfig, VisionConfig
+from ov2_jax.quickstart import TOKENIZER
+
+
+def get_config() -> ConfigDict:
+    model = ModelConfig(
+        vision=VisionConfig(
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            out_hidden_size=192,
+        ),
+        text=TextConfig(
+            vocab_size=512,  # the shipped tokenizer has 466 entries
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            head_dim=32,
+        ),
+        tie_word_embeddings=True,
+        image_token_id=5,
+        video_token_id=6,
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+    )
+    return ConfigDict(
+        {
+            "workdir": "runs/quickstart/model",
+            "model": dataclasses.asdict(model),
+            "tokenizer": str(TOKENIZER),
+            "steps": 1200,
+            "global_rows": 8,
+            "data": {
+                "sources": [{"path": "runs/quickstart/data/train.jsonl"}],
+                "min_pixels": 28 * 28,
+                "max_pixels": 8 * 28 * 28,
+                "num_frames": 6,
+                "lookahead": 64,
+            },
+            "pack": {
+                "rows": 8,
+                "seq_len": 256,
+                # Pictures have 8 to 32 patches, windows of clips up to 64.
+                "vision_rows": [[20, 64]],
+            },
+            "optimizer": {
+                "learning_rate": 2e-3,
+                "end_learning_rate": 1e-5,
+                "warmup_fraction": 0.05,
+                "beta2": 0.99,
+                "eps": 1e-8,
+            },
+            # bfloat16 is emulated on a CPU, and memory is no concern at this size.
+            "compute": {"dtype": "float32", "remat": "none"},
+            "checkpoint": {"every": 400},
+        }
+    )

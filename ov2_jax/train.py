@@ -1,0 +1,211 @@
+"""Trains a model: python -m ov2_jax.train --config=configs/quickstart.py --config.workdir=DIR
+
+Every field of the config can be overridden, e.g. --config.optimizer.learning_rate=2e-5. A work
+directory that holds checkpoints is resumed from its newest one, bit-exactly. SIGTERM saves a
+checkpoint and exits. Everything a config gets wrong is said before the accelerator is touched.
+"""
+
+import collections
+import json
+import time
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import config_flags
+
+from ov2_jax.data.batch import Batch
+from ov2_jax.data.errors import DataError
+from ov2_jax.data.loader import StepInfo, make_loader
+from ov2_jax.data.tokenizer import load_tokenizer
+from ov2_jax.model.config import ConfigError
+from ov2_jax.sharding import batch_sharding, data_shards, make_mesh
+from ov2_jax.training.checkpoint import CheckpointError, RunCheckpoints, StopSignal
+from ov2_jax.training.config import Experiment, experiment_from, experiment_to_dict
+from ov2_jax.training.flops import Work, batch_work, train_flops
+from ov2_jax.training.metrics import MetricWriter
+from ov2_jax.training.start import (
+    abstract_train_state,
+    check_model,
+    first_state,
+    model_graph,
+    write_hf_folder,
+)
+from ov2_jax.training.step import Metrics, make_train_step
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.")
+
+
+class TrainingError(RuntimeError):
+    """A run that must not go on; its last checkpoint is whole."""
+
+
+def to_devices(batch: Batch, mesh: Mesh, grad_accum: int) -> Batch:
+    """This process's packs [packs ...] as global arrays [A G ...], cut over the mesh by pack."""
+    sharding = batch_sharding(mesh, leading=1)
+
+    def place(x: np.ndarray) -> jax.Array:
+        x = x.reshape(grad_accum, -1, *x.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x)
+
+    return jax.tree.map(place, batch)
+
+
+def _counts(info: StepInfo) -> dict[str, float]:
+    """What the step's packs held (this process's), and the samples set aside since the start."""
+    classes = zip(info.class_patches, info.class_slots, strict=True)
+    return {
+        "samples": info.samples,
+        "tokens": info.tokens,
+        "supervised_tokens": info.supervised_tokens,
+        "patches": info.patches,
+        "utilisation/tokens": info.tokens / info.token_slots,
+        "utilisation/patches": info.patches / max(1, info.patch_slots),
+        **{f"utilisation/patches_class_{k}": n / slots for k, (n, slots) in enumerate(classes)},
+        "data/seen": info.seen,
+        "data/rejected": info.rejected,
+        "data/truncated": info.truncated,
+    }
+
+
+class Reporter:
+    """Turns a step's device metrics and host counts into numbers, one step behind the devices."""
+
+    def __init__(self, experiment: Experiment, writer: MetricWriter, workdir: epath.Path) -> None:
+        self._experiment = experiment
+        self._writer = writer
+        self._workdir = workdir
+        self._pending: tuple[int, Metrics, StepInfo, Work] | None = None
+        self._since, self._window = time.perf_counter(), collections.deque(maxlen=50)
+
+    def add(self, step: int, metrics: Metrics, info: StepInfo, work: Work) -> None:
+        """Takes a step that was just started, and reports the one before it."""
+        self.flush()
+        self._pending = (step, metrics, info, work)
+
+    def flush(self) -> None:
+        """Waits for the pending step and reports it; raises TrainingError on too many skips."""
+        if self._pending is None:
+            return
+        (step, metrics, info, work), self._pending = self._pending, None
+        values = {name: float(v) for name, v in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        self._window.append((seconds, work))
+        span = sum(s for s, _ in self._window)
+        flops = train_flops(self._experiment.model, work, self._experiment.optimizer.train)
+        values |= {
+            "tokens_per_second": sum(w.tokens for _, w in self._window) / span,
+            "patches_per_second": sum(w.patches for _, w in self._window) / span,
+            "step_seconds": seconds,
+            "model_flops_per_second": flops / seconds,
+            **_counts(info),
+        }
+        self._writer.write(step, values)
+        if values["skipped_in_a_row"] > 0:
+            self._skipped(step, values, info)
+
+    def _skipped(self, step: int, values: dict[str, float], info: StepInfo) -> None:
+        folder = self._workdir / "nonfinite"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"step_{step}_process_{jax.process_index()}.json"
+        path.write_text(json.dumps({"step": step, "samples": info.sample_ids, **values}, indent=1))
+        logging.warning("Step %d was not finite and was skipped; its samples: %s", step, path)
+        if values["skipped_in_a_row"] >= self._experiment.max_skipped_in_a_row:
+            raise TrainingError(
+                f"{int(values['skipped_in_a_row'])} steps in a row had a loss or gradient that is "
+                f"not finite (max_skipped_in_a_row); their samples are listed in {folder}."
+            )
+
+
+def train(experiment: Experiment) -> int:
+    """Runs or resumes an experiment; returns the last step taken."""
+    check_model(experiment)
+    mesh = make_mesh(experiment.mesh)
+    processes = jax.process_count()
+    experiment.check_mesh(data_shards(mesh), processes)
+    workdir = epath.Path(experiment.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    hf_folder = write_hf_folder(experiment, workdir)
+    config = experiment_to_dict(experiment)
+    (workdir / "config.json").write_text(json.dumps(config, indent=2))
+
+    loader = make_loader(
+        experiment.data,
+        experiment.pack,
+        experiment.model,
+        load_tokenizer(hf_folder, experiment.model),
+        packs_per_step=experiment.packs_per_step,
+        seed=experiment.seed,
+        process_index=jax.process_index(),
+        process_count=processes,
+        rejects_path=workdir / "rejected.jsonl",
+    )
+    checkpoints = RunCheckpoints(workdir, experiment.checkpoint)
+    step = checkpoints.latest() or 0
+    if step:
+        state = checkpoints.restore(step, abstract_train_state(experiment, mesh), loader)
+    else:
+        state = first_state(experiment, mesh)
+    logging.info("%s from step %d on mesh %s", "Resuming" if step else "Starting", step, mesh.shape)
+
+    train_step = jax.jit(
+        make_train_step(
+            model_graph(experiment),
+            experiment.optimizer,
+            steps=experiment.steps,
+            reduction=experiment.loss_reduction,
+        ),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
+    )
+    stop = StopSignal()
+    writer = MetricWriter(
+        workdir,
+        steps=experiment.steps,
+        start=step,
+        config=config,
+        wandb_project=experiment.wandb_project,
+        active=jax.process_index() == 0,
+    )
+    # Transfers that nobody asked for are errors: each would stall the devices at every step.
+    with writer, jax.set_mesh(mesh), jax.transfer_guard("disallow"):
+        reporter = Reporter(experiment, writer, workdir)
+        while step < experiment.steps:
+            batch, info = next(loader)
+            work = batch_work(batch)
+            # Returns at once: the devices work while the host reports and fetches the next batch.
+            state, metrics = train_step(state, to_devices(batch, mesh, experiment.grad_accum))
+            step += 1
+            reporter.add(step, metrics, info, work)
+            last = step == experiment.steps or stop.asked(step)
+            if last or step % experiment.checkpoint.every == 0:
+                reporter.flush()
+                checkpoints.save(step, state, loader, config)
+            if last:
+                break
+    checkpoints.close()
+    stop.release()
+    loader.close()
+    if step < experiment.steps:
+        logging.warning("Stopped by SIGTERM at step %d; run again to go on.", step)
+    return step
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+    try:
+        experiment = experiment_from(_CONFIG.value)
+        if experiment.distributed:
+            jax.distributed.initialize()
+        train(experiment)
+    except (ConfigError, DataError, CheckpointError, TrainingError) as e:
+        raise SystemExit(f"{type(e).__name__}: {e}") from e
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

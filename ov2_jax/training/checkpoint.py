@@ -1,0 +1,137 @@
+"""Orbax checkpoints of a run: parameters, optimizer, step, loader, config and random stream."""
+
+import json
+import signal
+from collections.abc import Mapping
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from ov2_jax.training.config import CheckpointConfig
+from ov2_jax.training.step import TrainState
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be restored; nothing is ever restored in part."""
+
+
+ITEMS = ("params", "train_state", "loader", "config")
+
+# One chunk a layer slice, so that export can read a stack of layers slice by slice.
+_SAVE_ARGS = ocp.SaveArgs(chunk_byte_size=256 * 2**20, shard_axes=(0,))
+
+
+class RunCheckpoints:
+    """Saves asynchronously; a step folder appears under its name only when it is whole."""
+
+    def __init__(self, workdir: epath.Path, config: CheckpointConfig) -> None:
+        self._folder = workdir / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=config.keep_last,
+                keep_period=config.keep_every,
+                enable_async_checkpointing=True,
+            ),
+            item_names=ITEMS,
+        )
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        loader: grain.DatasetIterator,
+        config: Mapping[str, Any],
+    ) -> None:
+        """Copies the state off the devices, then writes in the background."""
+        if step == self.latest():
+            return
+        rest = state._asdict()
+        params = rest.pop("params")
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.PyTreeSave(params, save_args=_each(params, _SAVE_ARGS)),
+                train_state=ocp.args.PyTreeSave(rest),
+                loader=grain.checkpoint.CheckpointSave(loader),
+                config=ocp.args.JsonSave(json.loads(json.dumps(config))),
+            ),
+        )
+
+    def restore(self, step: int, abstract: TrainState, loader: grain.DatasetIterator) -> TrainState:
+        """The state of a step, in the shardings of `abstract`, and the loader moved to it.
+
+        Raises CheckpointError if anything is missing or of another shape.
+        """
+        rest = abstract._asdict()
+        params = rest.pop("params")
+        try:
+            got = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=_restore_args(params),
+                    train_state=_restore_args(rest),
+                    loader=grain.checkpoint.CheckpointRestore(loader),
+                ),
+            )
+        except Exception as e:
+            raise CheckpointError(
+                f"The checkpoint of step {step} in {self._folder} cannot be restored into this "
+                f"config's model and optimizer: {type(e).__name__}: {e}"
+            ) from e
+        return TrainState(params=got.params, **got.train_state)
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _each(tree: Any, value: Any) -> Any:
+    return jax.tree.map(lambda _: value, tree)
+
+
+def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
+    return ocp.args.PyTreeRestore(
+        item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
+    )
+
+
+def restore_params(folder: epath.Path, abstract: Any) -> Any:
+    """Parameters alone, from an Orbax `params` folder, cast and sharded as `abstract` says."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        try:
+            return checkpointer.restore(folder, args=_restore_args(abstract))
+        except Exception as e:
+            raise CheckpointError(
+                f"The parameters in {folder} do not fit the model: {type(e).__name__}: {e}"
+            ) from e
+
+
+class StopSignal:
+    """SIGTERM asks for a last checkpoint and a clean exit, at the same step on every process."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._previous = signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        self._asked = True
+
+    def asked(self, step: int) -> bool:
+        """With several processes the answer is agreed on every tenth step: it costs a sync."""
+        if jax.process_count() == 1:
+            return self._asked
+        if step % 10:
+            return False
+        return bool(multihost_utils.process_allgather(self._asked).any())
+
+    def release(self) -> None:
+        signal.signal(signal.SIGTERM, self._previous)

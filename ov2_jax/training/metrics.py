@@ -1,0 +1,107 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, the progress bar, Weights & Biases."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, Self
+
+from etils import epath
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from tensorboardX import SummaryWriter
+
+
+def _keep_until(path: epath.Path, step: int) -> None:
+    """Drops lines behind `step`, which a resumed run will write again, and a torn last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            continue
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(kept))
+    part.replace(path)
+
+
+class MetricWriter:
+    """Writes a step's metrics everywhere; only the first process has one that writes."""
+
+    def __init__(
+        self,
+        workdir: epath.Path,
+        *,
+        steps: int,
+        start: int,
+        config: Mapping[str, Any],
+        wandb_project: str | None,
+        active: bool,
+    ) -> None:
+        self._active = active
+        self._wandb = None
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(speed_estimate_period=120),
+            console=console,
+            disable=not active,
+        )
+        self._task = self._progress.add_task("train", total=steps, completed=start, numbers="")
+        self._console, self._steps = console, steps
+        if not active:
+            return
+        jsonl = workdir / "metrics.jsonl"
+        _keep_until(jsonl, start)
+        self._jsonl = jsonl.open("a")
+        self._tensorboard = SummaryWriter(os.fspath(workdir / "tensorboard"), purge_step=start + 1)
+        if wandb_project:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=wandb_project, name=workdir.name, config=dict(config), resume="allow"
+            )
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()
+        if self._active:
+            self._jsonl.close()
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A step's line in metrics.jsonl, its TensorBoard scalars, and the bar."""
+        if not self._active:
+            return
+        self._jsonl.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._jsonl.flush()
+        for name, value in metrics.items():
+            self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(metrics), step=step)
+        numbers = (
+            f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
+            f"{metrics['patches_per_second']:,.0f} patches/s"
+        )
+        self._progress.update(self._task, completed=step, numbers=numbers)
+        if not self._console.is_terminal and (step % max(1, self._steps // 20) == 0):
+            self._console.print(f"step {step}/{self._steps}  {numbers}", highlight=False)

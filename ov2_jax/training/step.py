@@ -1,0 +1,144 @@
+"""The train step: a whole optimizer step, from a batch of micro-steps to new parameters."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from ov2_jax.data.batch import Batch
+from ov2_jax.model.llava_onevision2 import LlavaOnevision2
+from ov2_jax.training.loss import loss_weights, weighted_cross_entropy
+from ov2_jax.training.optimizer import (
+    OptimizerConfig,
+    Tree,
+    apply_updates,
+    join,
+    learning_rate,
+    make_optimizer,
+    split_trainable,
+)
+
+
+class TrainState(NamedTuple):
+    """All that a run needs to go on, apart from the loader's state."""
+
+    step: jax.Array  # int32: optimizer steps taken or skipped
+    params: Tree  # float32 masters
+    opt_state: optax.OptState
+    skipped: jax.Array  # int32: updates skipped in all, because something was not finite
+    skipped_in_a_row: jax.Array  # int32
+    rng: jax.Array  # key data of the run's random stream
+
+
+Metrics = dict[str, jax.Array]
+
+
+def init_state(params: Tree, config: OptimizerConfig, seed: int) -> TrainState:
+    """A state at step 0; optimizer moments only for what is trained."""
+    trainable, _ = split_trainable(params, config)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        params=params,
+        opt_state=make_optimizer(config).init(trainable),
+        skipped=zero,
+        skipped_in_a_row=zero,
+        rng=jax.random.key_data(jax.random.key(seed)),
+    )
+
+
+def batch_loss(graph: nnx.GraphDef, params: Tree, batch: Batch, weights: jax.Array) -> jax.Array:
+    """Sum of weight * token loss over one micro-step's batch, weights [G B L]."""
+    model: LlavaOnevision2 = nnx.merge(graph, params)
+    hidden, _ = model(batch)
+    rows = hidden.shape[:2]
+    return weighted_cross_entropy(
+        hidden,
+        model.decoder.head(),
+        batch.targets.reshape(rows),
+        weights.reshape(rows),
+        block=model.decoder.compute.loss_block,
+    )
+
+
+def loss_and_grads(
+    graph: nnx.GraphDef, trainable: Tree, frozen: Tree, batch: Batch, reduction: str
+) -> tuple[jax.Array, Tree]:
+    """Loss and gradients of a whole step's batch, every leaf [A ...] for A micro-steps.
+
+    The weights are made once over all micro-steps and sum to 1, so sums of losses and gradients
+    are exact however the step is cut.
+    """
+    weights = loss_weights(batch.targets, reduction)
+
+    @jax.value_and_grad
+    def micro(trainable: Tree, batch: Batch, weights: jax.Array) -> jax.Array:
+        return batch_loss(graph, join(trainable, frozen), batch, weights)
+
+    def first(x: jax.Array) -> jax.Array:
+        return x[0]
+
+    if weights.shape[0] == 1:
+        return micro(trainable, jax.tree.map(first, batch), weights[0])
+
+    def add(total: tuple, xs: tuple) -> tuple[tuple, None]:
+        return jax.tree.map(jnp.add, total, micro(trainable, *xs)), None
+
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
+    return jax.lax.scan(add, zero, (batch, weights))[0]
+
+
+def make_train_step(
+    graph: nnx.GraphDef, config: OptimizerConfig, *, steps: int, reduction: str
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The step as a pure function; the caller jits it and donates the state."""
+    optimizer = make_optimizer(config)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        trainable, frozen = split_trainable(state.params, config)
+        loss, grads = loss_and_grads(graph, trainable, frozen, batch, reduction)
+        norms = {part: optax.global_norm(grads[part]) for part in grads}
+        norm = jnp.sqrt(sum(n**2 for n in norms.values()))
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        rates = {part: learning_rate(config, part, state.step, steps) for part in grads}
+        updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
+        trained = apply_updates(trainable, updates, rates)
+
+        keep = functools.partial(jnp.where, finite)
+        trained = jax.tree.map(keep, trained, trainable)
+        opt_state = jax.tree.map(keep, opt_state, state.opt_state)
+        skipped = 1 - finite.astype(jnp.int32)
+        new = TrainState(
+            step=state.step + 1,
+            params=join(trained, frozen),
+            opt_state=opt_state,
+            skipped=state.skipped + skipped,
+            skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
+            rng=state.rng,
+        )
+        metrics = {
+            "loss": loss,
+            "grad_norm": norm,
+            "skipped": new.skipped,
+            "skipped_in_a_row": new.skipped_in_a_row,
+            **{f"grad_norm/{part}": n for part, n in norms.items()},
+            **{f"learning_rate/{part}": r for part, r in rates.items()},
+        }
+        return new, metrics
+
+    return train_step
+
+
+def abstract_state(make: Callable[[], Any], shardings: Callable[[Any], Any]) -> Any:
+    """Shapes, dtypes and shardings of what `make` would return, without making it."""
+    shapes = jax.eval_shape(make)
+    return jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        shapes,
+        shardings(shapes),
+    )
