@@ -87,6 +87,19 @@ def _step_info(
     )
 
 
+class _Waiting(NamedTuple):
+    """A sample in the look-ahead buffer."""
+
+    ordinal: int
+    sample: EncodedSample
+    size: SampleSize
+
+
+def _waiting(ordinal: int, sample: EncodedSample) -> _Waiting:
+    size = SampleSize(len(sample.tokens), tuple(sample.windows.tolist()))
+    return _Waiting(ordinal, sample, size)
+
+
 class _PackingIterator(grain.DatasetIterator):
     """Keeps the look-ahead buffer full, packs from it, and counts."""
 
@@ -106,7 +119,7 @@ class _PackingIterator(grain.DatasetIterator):
         self._packs, self._epoch, self._log, self._identity = packs, epoch, log, identity
         self._upstream: grain.DatasetIterator | None = None
         self._next = 0
-        self._buffer: list[tuple[int, EncodedSample]] = []
+        self._buffer: list[_Waiting] = []
         self._counts: Counter = Counter()
         self._reasons: Counter = Counter()
         self._rejected_in_a_row = 0
@@ -115,14 +128,13 @@ class _PackingIterator(grain.DatasetIterator):
         arrays, infos = [], []
         for _ in range(self._packs):
             self._fill()
-            samples = [sample for _, sample in self._buffer]
-            sizes = [SampleSize(len(s.tokens), tuple(s.windows.tolist())) for s in samples]
-            placements = place_pack(sizes, self._pack)
+            placements = place_pack([w.size for w in self._buffer], self._pack)
+            samples = [w.sample for w in self._buffer]
             batch, info = build_pack(samples, placements, self._pack, self._model)
             arrays.append(batch)
             infos.append(info)
             gone = {p.sample for p in placements}
-            self._buffer = [entry for i, entry in enumerate(self._buffer) if i not in gone]
+            self._buffer = [w for i, w in enumerate(self._buffer) if i not in gone]
         rejected = self._reasons.total()
         return _stack(arrays), _step_info(infos, self._pack, self._counts, rejected)
 
@@ -138,7 +150,7 @@ class _PackingIterator(grain.DatasetIterator):
                 continue
             self._rejected_in_a_row = 0
             self._counts["truncated"] += sample.dropped_rounds > 0
-            self._buffer.append((ordinal, sample))
+            self._buffer.append(_waiting(ordinal, sample))
 
     def _read_from(self, ordinal: int) -> grain.IterDataset:
         """The encoded samples from an ordinal on; the same for any number of workers."""
@@ -181,7 +193,7 @@ class _PackingIterator(grain.DatasetIterator):
         return {
             "identity": dict(self._identity),
             "next": self._next,
-            "buffer": [ordinal for ordinal, _ in self._buffer],
+            "buffer": [w.ordinal for w in self._buffer],
             "counts": dict(self._counts),
             "reasons": dict(self._reasons),
             "rejected_in_a_row": self._rejected_in_a_row,
@@ -206,7 +218,7 @@ class _PackingIterator(grain.DatasetIterator):
             if isinstance(sample, Rejected):  # it was readable before the restart
                 self._reject(sample)
             else:
-                self._buffer.append((ordinal, sample))
+                self._buffer.append(_waiting(ordinal, sample))
 
     def _close_upstream(self) -> None:
         if self._upstream is not None:
@@ -246,8 +258,11 @@ def make_loader(
     Every epoch has an order of its own (unless `data.shuffle` is off), equal on all processes, and
     each takes every process_count-th sample of it. `get_state` describes what was handed out, not
     what was prepared ahead; it is small JSON and works with grain.checkpoint. Close the iterator
-    when done. Raises ConfigError, and DataError when the data cannot be used or too many samples
-    are rejected.
+    when done.
+
+    Rejected samples are appended to `rejects_path`; with several processes each writes a file of
+    its own (`rejected.jsonl` becomes `rejected-00003.jsonl`). Raises ConfigError, and DataError
+    when the data cannot be used or too many samples are rejected.
     """
     if packs_per_step <= 0 or packs_per_step % process_count:
         raise ConfigError(
@@ -256,6 +271,10 @@ def make_loader(
         )
     if not 0 <= process_index < process_count:
         raise ConfigError(f"process_index {process_index} is not one of {process_count} processes.")
+    rejects_path = Path(rejects_path)
+    if process_count > 1:
+        name = f"{rejects_path.stem}-{process_index:05d}{rejects_path.suffix}"
+        rejects_path = rejects_path.with_name(name)
     encoder = SampleEncoder(data, model, tokenizer, pack)
     source = RecordSource(data.sources)
     samples = grain.MapDataset.source(source)

@@ -15,6 +15,7 @@ import numpy as np
 from ov2_jax.data.batch import IGNORE, Batch, VisionRows
 from ov2_jax.data.config import PackConfig
 from ov2_jax.data.errors import DataError
+from ov2_jax.data.sample import EncodedSample
 from ov2_jax.model.config import ModelConfig
 
 
@@ -154,7 +155,7 @@ def _merged_starts(config: PackConfig, unit: int) -> list[int]:
 
 
 def build_pack(
-    samples: Sequence["EncodedSample"],  # noqa: F821
+    samples: Sequence[EncodedSample],
     placements: Sequence[Placement],
     config: PackConfig,
     model: ModelConfig,

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ov2_jax.data.errors import Rejected
+from ov2_jax.data.errors import DataError, Rejected
 
 
 class RejectLog:
@@ -24,8 +24,14 @@ class RejectLog:
                 with self._path.open("r+b") as file:
                     file.truncate(len(whole))
             for line in whole.splitlines():
-                entry = json.loads(line)
-                self._known.add((entry["file"], entry["line"]))
+                try:
+                    entry = json.loads(line)
+                    self._known.add((entry["file"], entry["line"]))
+                except (ValueError, TypeError, KeyError) as error:
+                    raise DataError(
+                        f"{self._path} is not a list of rejected samples ({error}); move it away "
+                        "or name another file."
+                    ) from error
 
     @property
     def path(self) -> Path:
