@@ -3,6 +3,7 @@
 import os
 import threading
 
+import av
 import numpy as np
 import pytest
 
@@ -101,23 +102,32 @@ def test_bad_clips_say_why(tmp_path):
         assert error.value.reason == reason, name
 
 
-def test_a_clip_that_ends_early_is_refused(tmp_path):
-    """A complete index, but the last part of the data is gone."""
-    import av
-
-    path = tmp_path / "a.mp4"
+def cut_clip(path, share: float) -> str:
+    """60 frames with a complete index, but only a share of the file's bytes."""
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=10)
-        stream.height, stream.width, stream.pix_fmt = 64, 64, "yuv420p"
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.height, stream.width, stream.pix_fmt, stream.gop_size = 64, 64, "yuv420p", 1
         rng = np.random.default_rng(0)
-        for _ in range(40):
+        for _ in range(60):
             pixels = rng.integers(0, 256, (64, 64, 3), np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
     data = path.read_bytes()
-    path.write_bytes(data[: len(data) * 6 // 10])
-    with pytest.raises(SampleError, match="bad_video"):
-        read_clip(str(path), DEFAULT, timeout_s=20)
+    path.write_bytes(data[: int(len(data) * share)])
+    return str(path)
+
+
+def test_a_clip_that_lacks_a_few_frames_is_sampled_from_what_is_there(tmp_path):
+    path = cut_clip(tmp_path / "a.mp4", 0.97)
+    got = read_clip(path, Sampling(3, None, 384), timeout_s=20)
+    assert len(got.frames) == 3
+    assert got.frame_numbers[0] == 0 and 56 <= got.frame_numbers[-1] <= 58
+
+
+def test_a_clip_that_ends_early_is_refused(tmp_path):
+    path = cut_clip(tmp_path / "a.mp4", 0.9)
+    with pytest.raises(SampleError, match="only 5. of 60 frames"):
+        read_clip(path, Sampling(3, None, 384), timeout_s=20)
 
 
 def test_the_time_limit_holds_in_a_thread(tmp_path):

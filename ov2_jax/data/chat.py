@@ -115,9 +115,8 @@ def replace_marks(text: str, replacement: Callable[[str], str]) -> str:
     return MARK.sub(lambda match: replacement(match.group(1)), text)
 
 
-def expand_pads(ids: Sequence[int], counts: Sequence[int], pad_id: int) -> np.ndarray:
-    """int32 ids with the i-th placeholder repeated counts[i] times."""
-    ids = np.asarray(ids, np.int32)
+def pad_repeats(ids: np.ndarray, counts: Sequence[int], pad_id: int) -> np.ndarray:
+    """int64 [n]: how often each token is to be repeated, counts[i] for the i-th placeholder."""
     pads = np.flatnonzero(ids == pad_id)
     if len(pads) != len(counts):
         raise SampleError(
@@ -125,4 +124,4 @@ def expand_pads(ids: Sequence[int], counts: Sequence[int], pad_id: int) -> np.nd
         )
     repeats = np.ones(len(ids), np.int64)
     repeats[pads] = counts
-    return np.repeat(ids, repeats)
+    return repeats

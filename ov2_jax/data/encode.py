@@ -277,18 +277,12 @@ class SampleEncoder:
     ) -> tuple[np.ndarray, np.ndarray]:
         """int32 ids [n] with expanded placeholders and the bool loss mask [n]."""
         ids = [token_ids(self._tokenizer, piece.text) for piece in pieces]
-        pad = self._model.image_token_id
+        supervised = [piece.supervised for piece in pieces]
+        tokens = np.array([i for piece_ids in ids for i in piece_ids], np.int32)
+        mask = np.repeat(supervised, [len(piece_ids) for piece_ids in ids]).astype(bool)
         counts = [n for medium in mediums for n in medium.counts]
-        tokens = chat_lib.expand_pads([i for piece in ids for i in piece], counts, pad)
-        # Only questions have placeholders, so an answer's length is not changed by expanding them.
-        mask = np.zeros(len(tokens), bool)
-        end = len(tokens)
-        for piece, piece_ids in zip(reversed(pieces), reversed(ids), strict=True):
-            if not piece.supervised:
-                break
-            mask[end - len(piece_ids) : end] = True
-            end -= len(piece_ids)
-        return tokens, mask
+        repeats = chat_lib.pad_repeats(tokens, counts, self._model.image_token_id)
+        return np.repeat(tokens, repeats), np.repeat(mask, repeats)
 
     # --- media ------------------------------------------------------------------------------------
 

@@ -51,9 +51,8 @@ class _Pack:
         self.samples = [limit] * config.rows
         self.widths = [w for _, w in config.vision_rows]
         self.rows = [[w] * r for r, w in config.vision_rows]
-        # Bounds that turn most hopeless candidates away with two comparisons.
-        self.most_tokens = config.seq_len
-        self.patches = config.patch_slots
+        self.most_tokens = config.seq_len  # of the row with the most room
+        self.patches = config.patch_slots  # room for patches in all
 
     def _window(self, patches: int) -> WindowPlace | None:
         """Best fit in the smallest class with room; takes the room."""
@@ -67,10 +66,9 @@ class _Pack:
                 return WindowPlace(size, best, self.widths[size] - left)
         return None
 
-    def place(self, index: int, sample: SampleSize) -> Placement | None:
+    def place(self, index: int, sample: SampleSize, patches: int) -> Placement | None:
+        """Takes the room for a sample of so many patches in all, or returns None."""
         tokens, windows = sample
-        if tokens > self.most_tokens:
-            return None
         best, left = -1, self.seq_len + 1
         for row, room in enumerate(self.tokens):
             if tokens <= room < left and self.samples[row]:
@@ -79,8 +77,7 @@ class _Pack:
             return None
         places: tuple[WindowPlace, ...] = ()
         if windows:
-            total = sum(windows)
-            if total > self.patches:
+            if patches > self.patches:
                 return None
             found: list[WindowPlace | None] = [None] * len(windows)
             # Large windows first: a small one must not take the room of a large one.
@@ -91,7 +88,7 @@ class _Pack:
                         if place is not None:
                             self.rows[place.size][place.row] += windows[j]
                     return None
-            self.patches -= total
+            self.patches -= patches
             places = tuple(found)
         self.tokens[best] -= tokens
         self.samples[best] -= 1
@@ -110,19 +107,25 @@ def place_pack(candidates: Sequence[SampleSize], config: PackConfig) -> list[Pla
     if not candidates:
         return []
     pack = _Pack(config)
-    first = pack.place(0, candidates[0])
+    patches = [sum(windows) for _, windows in candidates]
+    first = pack.place(0, candidates[0], patches[0])
     if first is None:
         raise DataError(
-            f"A sample of {candidates[0].tokens} tokens and {sum(candidates[0].windows)} patches "
+            f"A sample of {candidates[0].tokens} tokens and {patches[0]} patches "
             "does not fit into an empty pack."
         )
     placements = [first]
     per_patch = config.token_slots / max(config.patch_slots, 1)
-    shares = [max(s.tokens, sum(s.windows) * per_patch) for s in candidates]
-    for index in sorted(range(1, len(candidates)), key=lambda i: -shares[i]):
-        if not pack.most_tokens:
-            break
-        placed = pack.place(index, candidates[index])
+    # Minus the larger of the two shares of a pack, in tokens: sorting puts the largest first.
+    order = sorted(
+        (-max(sample.tokens, patches[i] * per_patch), i) for i, sample in enumerate(candidates) if i
+    )
+    for _, index in order:
+        sample = candidates[index]
+        # Most candidates of a full pack are turned away here; this keeps planning quick.
+        if sample.tokens > pack.most_tokens or patches[index] > pack.patches:
+            continue
+        placed = pack.place(index, sample, patches[index])
         if placed is not None:
             placements.append(placed)
     return placements
@@ -130,7 +133,7 @@ def place_pack(candidates: Sequence[SampleSize], config: PackConfig) -> list[Pla
 
 def fits_alone(sample: SampleSize, config: PackConfig) -> bool:
     """Whether an empty pack holds the sample."""
-    return _Pack(config).place(0, sample) is not None
+    return _Pack(config).place(0, sample, sum(sample.windows)) is not None
 
 
 # --- arrays ---------------------------------------------------------------------------------------
