@@ -14,9 +14,13 @@ from tests.data_cases import clip
 DEFAULT = Sampling(None, None, 384)
 
 
+def read(path, sampling=DEFAULT, *, timeout_s=20.0, fps=None, target_size=lambda n, h, w: (h, w)):
+    return read_clip(str(path), sampling, timeout_s=timeout_s, fps=fps, target_size=target_size)
+
+
 def numbers_seen(frames) -> list[int]:
     """The frame numbers that tests.data_cases.clip painted."""
-    return [round((float(np.asarray(f).mean()) - 20) / 4) for f in frames]
+    return [round((float(f.mean()) - 20) / 4) for f in frames]
 
 
 @pytest.mark.parametrize(
@@ -66,22 +70,24 @@ def test_counts_by_duration_number_or_rate():
 def test_frames_numbers_and_seconds(tmp_path, codec, name):
     """WebM states no number of frames: its packets are counted."""
     path = str(clip(tmp_path / name, 30, 10, codec))
-    got = read_clip(path, Sampling(4, None, 384), timeout_s=20)
+    got = read(path, Sampling(4, None, 384))
     assert got.frame_numbers == (0, 10, 19, 29)
     assert numbers_seen(got.frames) == [0, 10, 19, 29]
     assert got.seconds == pytest.approx((0, 1.0, 1.9, 2.9))
-    assert got.frames[0].size == (64, 48)
+    assert got.frames[0].shape == (48, 64, 3)
+    small = read(path, Sampling(1, None, 384), target_size=lambda n, h, w: (28, 56))
+    assert small.frames[0].shape == (28, 56, 3) and small.frames[0].dtype == np.uint8
 
 
 def test_a_stated_rate_replaces_the_containers(tmp_path):
     path = str(clip(tmp_path / "a.mp4", 30, 10))
-    got = read_clip(path, Sampling(None, 1.0, 384), timeout_s=20, fps=2.0)
+    got = read(path, Sampling(None, 1.0, 384), fps=2.0)
     assert len(got.frames) == 15  # 30 frames at 2 a second are 15 s
     assert got.seconds[-1] == 14.5
 
 
 def test_a_short_clip_gives_all_frames(tmp_path):
-    got = read_clip(str(clip(tmp_path / "a.mp4", 3, 5)), DEFAULT, timeout_s=20)
+    got = read(str(clip(tmp_path / "a.mp4", 3, 5)))
     assert got.frame_numbers == (0, 1, 2) and numbers_seen(got.frames) == [0, 1, 2]
 
 
@@ -98,7 +104,7 @@ def test_bad_clips_say_why(tmp_path):
         ("cut.mp4", "bad_video"),
     ):
         with pytest.raises(SampleError) as error:
-            read_clip(str(tmp_path / name), DEFAULT, timeout_s=20)
+            read(str(tmp_path / name))
         assert error.value.reason == reason, name
 
 
@@ -119,7 +125,7 @@ def cut_clip(path, share: float) -> str:
 
 def test_a_clip_that_lacks_a_few_frames_is_sampled_from_what_is_there(tmp_path):
     path = cut_clip(tmp_path / "a.mp4", 0.97)
-    got = read_clip(path, Sampling(3, None, 384), timeout_s=20)
+    got = read(path, Sampling(3, None, 384))
     assert len(got.frames) == 3
     assert got.frame_numbers[0] == 0 and 56 <= got.frame_numbers[-1] <= 58
 
@@ -127,7 +133,7 @@ def test_a_clip_that_lacks_a_few_frames_is_sampled_from_what_is_there(tmp_path):
 def test_a_clip_that_ends_early_is_refused(tmp_path):
     path = cut_clip(tmp_path / "a.mp4", 0.9)
     with pytest.raises(SampleError, match="only 5. of 60 frames"):
-        read_clip(path, Sampling(3, None, 384), timeout_s=20)
+        read(path, Sampling(3, None, 384))
 
 
 def test_the_time_limit_holds_in_a_thread(tmp_path):
@@ -136,7 +142,7 @@ def test_the_time_limit_holds_in_a_thread(tmp_path):
 
     def work():
         try:
-            read_clip(path, DEFAULT, timeout_s=1e-4)
+            read(path, timeout_s=1e-4)
         except SampleError as error:
             caught.append(error.reason)
 
@@ -149,7 +155,7 @@ def test_the_time_limit_holds_in_a_thread(tmp_path):
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     with pytest.raises(SampleError, match="missing_file"):
-        read_clip(str(tmp_path / "pipe.mp4"), DEFAULT, timeout_s=20)
+        read(str(tmp_path / "pipe.mp4"))
 
 
 def test_a_clip_can_be_refused_before_it_is_decoded(tmp_path):
@@ -160,4 +166,4 @@ def test_a_clip_can_be_refused_before_it_is_decoded(tmp_path):
         raise SampleError("too_long", "no")
 
     with pytest.raises(SampleError, match="too_long"):
-        read_clip(path, DEFAULT, timeout_s=20, before_decoding=refuse)
+        read(path, target_size=refuse)

@@ -307,28 +307,33 @@ class SampleEncoder:
         patch, merge = vision.patch_size, vision.spatial_merge_size
         together = vision.frame_windows_size if media.frame_form == "training" else 1
 
-        def plan(frames: int, height: int, width: int) -> tuple[int, int, list[int]]:
-            height, width = self._target(height, width, *self._data.frame_pixels)
+        def windows(frames: int, height: int, width: int) -> list[int]:
             area = height * width // patch**2
-            windows = [min(together, frames - i) * area for i in range(0, frames, together)]
+            return [min(together, frames - i) * area for i in range(0, frames, together)]
+
+        def target_size(frames: int, height: int, width: int) -> tuple[int, int]:
+            height, width = self._target(height, width, *self._data.frame_pixels)
+            sizes = windows(frames, height, width)
             # Two tokens a frame beside the placeholders are certain, timestamps come on top.
-            size.check(frames * (area // vision.merge_unit + 2), windows)
-            return height, width, windows
+            size.check(sum(sizes) // vision.merge_unit + 2 * frames, sizes)
+            return height, width
 
         if isinstance(video, str):
             clip = read_clip(
                 video,
                 self._sampling,
                 timeout_s=self._data.decode_timeout_s,
+                target_size=target_size,
                 fps=fps,
-                before_decoding=plan,
             )
+            frames = clip.frames
         else:
-            clip = video
-        frames = [_open(frame) for frame in clip.frames]
-        if not frames or not len(frames) == len(clip.frame_numbers) == len(clip.seconds):
-            raise SampleError("bad_video", "a clip needs frames, each with its number and time")
-        height, width, windows = plan(len(frames), frames[0].height, frames[0].width)
+            clip, opened = video, [_open(frame) for frame in video.frames]
+            if not opened or not len(opened) == len(clip.frame_numbers) == len(clip.seconds):
+                raise SampleError("bad_video", "a clip needs frames, each with its number and time")
+            to = target_size(len(opened), opened[0].height, opened[0].width)
+            frames = [images_lib.resize(frame, *to) for frame in opened]
+        height, width = frames[0].shape[:2]
         h, w = height // patch, width // patch
         text = [
             chat_lib.frame_text(
@@ -341,11 +346,8 @@ class SampleEncoder:
         return _Medium(
             text="".join(text),
             counts=[h * w // vision.merge_unit] * len(frames),
-            windows=windows,
-            patches=[
-                images_lib.patchify(images_lib.resize(f, height, width), patch, merge)
-                for f in frames
-            ],
+            windows=windows(len(frames), height, width),
+            patches=[images_lib.patchify(frame, patch, merge) for frame in frames],
             positions=[images_lib.patch_positions(t, h, w, merge) for t in clip.frame_numbers],
         )
 
