@@ -26,7 +26,7 @@ Index = tuple[slice, ...]
 # model (100 MB) in 6 along its output axis and keeps the model at about 1100 files.
 CHUNK_BYTES = 16 * 2**20
 # What one worker holds at a time. Workers overlap reading, transposing and writing.
-BLOCK_BYTES = 128 * 2**20
+BLOCK_BYTES = 32 * 2**20
 WORKERS = 3
 
 
@@ -110,7 +110,8 @@ class _LazyArrayHandler(ocp.type_handlers.TypeHandler):
 
             def write(region: Index, value: LazyArray = value, store: Any = store) -> int:
                 data = value.read(region)
-                store[region].write(data).result()
+                # `data` is this block's own: without a copy of it writing is twice as fast.
+                store[region].write(data, can_reference_source_data_indefinitely=True).result()
                 return data.nbytes
 
             axes = (value.leaf.split_axis,)
