@@ -12,12 +12,12 @@ import dataclasses
 from absl import app, flags
 
 from conversion.errors import ConversionError
+from ov2_jax.checkpoint_dir import CheckpointError
 from ov2_jax.data.encode import SampleEncoder
 from ov2_jax.data.errors import DataError, SampleError
 from ov2_jax.generation.generator import Sampling
 from ov2_jax.generation.load import open_checkpoint
 from ov2_jax.model.config import ConfigError
-from ov2_jax.training.checkpoint import CheckpointError
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Checkpoint or Hugging Face folder.")
 _IMAGE = flags.DEFINE_multi_string("image", [], "A picture; may be given several times.")

@@ -16,13 +16,14 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
+from ov2_jax.checkpoint_dir import CheckpointError
 from ov2_jax.data.batch import Batch
 from ov2_jax.data.errors import DataError
 from ov2_jax.data.loader import StepInfo, make_loader
 from ov2_jax.data.tokenizer import load_tokenizer
 from ov2_jax.model.config import ConfigError
 from ov2_jax.sharding import batch_sharding, data_shards, make_mesh
-from ov2_jax.training.checkpoint import CheckpointError, RunCheckpoints, StopSignal
+from ov2_jax.training.checkpoint import RunCheckpoints, StopSignal
 from ov2_jax.training.config import Experiment, experiment_from, experiment_to_dict
 from ov2_jax.training.flops import Work, batch_work, train_flops
 from ov2_jax.training.metrics import MetricWriter
@@ -149,8 +150,6 @@ def train(experiment: Experiment) -> int:
         state = checkpoints.restore(step, abstract_train_state(experiment, mesh), loader)
     else:
         state = first_state(experiment, mesh)
-    logging.info("%s from step %d on mesh %s", "Resuming" if step else "Starting", step, mesh.shape)
-
     train_step = jax.jit(
         make_train_step(
             model_graph(experiment),
@@ -171,6 +170,7 @@ def train(experiment: Experiment) -> int:
         active=jax.process_index() == 0,
     )
     # Transfers that nobody asked for are errors: each would stall the devices at every step.
+    writer.say(f"{'Resuming' if step else 'Starting'} at step {step} on mesh {dict(mesh.shape)}")
     with writer, jax.set_mesh(mesh), jax.transfer_guard("disallow"):
         reporter = Reporter(experiment, writer, workdir)
         while step < experiment.steps:
@@ -190,13 +190,14 @@ def train(experiment: Experiment) -> int:
     stop.release()
     loader.close()
     if step < experiment.steps:
-        logging.warning("Stopped by SIGTERM at step %d; run again to go on.", step)
+        writer.say(f"Stopped by SIGTERM; step {step} is saved. Run the same command to go on.")
     return step
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)  # Orbax tells its whole life at INFO
     try:
         experiment = experiment_from(_CONFIG.value)
         if experiment.distributed:

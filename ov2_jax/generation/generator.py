@@ -92,7 +92,9 @@ def prompt_batch(prompts: Sequence[EncodedSample], config: ModelConfig) -> tuple
     return batch._replace(vision=(vision,) if sizes else ()), lengths
 
 
-def choose_tokens(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
+def choose_tokens(
+    logits: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax.Array
+) -> jax.Array:
     """Logits [N V] -> tokens [N]: the largest at temperature 0, else a draw from the nucleus."""
     scaled = logits / jnp.maximum(temperature, 1e-6)
     ordered = jnp.sort(scaled, -1, descending=True)
@@ -142,6 +144,9 @@ def _generate(
     return jax.lax.while_loop(running, step, (jnp.int32(1), token, out, cache))[2]
 
 
+_GREEDY = Sampling()
+
+
 class Generator:
     """A model ready to answer; parameters may be arrays of any float dtype."""
 
@@ -159,9 +164,7 @@ class Generator:
         self._graph = nnx.split(nnx.eval_shape(make))[0]
         (self._stop,) = token_ids(tokenizer, IM_END)
 
-    def __call__(
-        self, prompts: Sequence[EncodedSample], sampling: Sampling = Sampling()
-    ) -> list[str]:
+    def __call__(self, prompts: Sequence[EncodedSample], sampling: Sampling = _GREEDY) -> list[str]:
         """The answers, without the closing <|im_end|>. Raises ConfigError on a bad `sampling`."""
         sampling.check()
         batch, lengths = prompt_batch(prompts, self.config)

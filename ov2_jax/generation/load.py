@@ -1,4 +1,4 @@
-"""Opens what people have: an Orbax checkpoint of a run, a converted one, or a Hugging Face folder."""
+"""Opens what people have: a run, a converted checkpoint, or a Hugging Face folder."""
 
 import dataclasses
 import json
@@ -62,7 +62,7 @@ def open_checkpoint(path: epath.PathLike, *, dtype: str = "float32") -> Opened:
     Raises ConfigError (or CheckpointError, DataError) with one sentence on what is wrong.
     """
     folder = epath.Path(path)
-    hf = folder if is_hf_folder(folder) else epath.Path(resolve(folder).hf)
+    hf = folder if is_hf_folder(folder) else resolve(folder).require_hf()
     config = load_config(hf)
     if not isinstance(config, ModelConfig):
         raise ConfigError(f"{path} is a standalone encoder; it cannot generate text.")

@@ -43,6 +43,7 @@ class VisionConfig:
     layer_norm_type: str = "layer_norm"
     rope_theta: float = 1e4
     use_head: bool = False
+    initializer_range: float = 0.02
     spatial_merge_size: int = 2
     out_hidden_size: int = 1024
     frame_windows_size: int = 4
@@ -58,6 +59,7 @@ class VisionConfig:
             patch_size=self.patch_size,
             layer_norm_eps=self.layer_norm_eps,
             rope_theta=self.rope_theta,
+            initializer_range=self.initializer_range,
             spatial_merge_size=self.spatial_merge_size,
             out_hidden_size=self.out_hidden_size,
             frame_windows_size=self.frame_windows_size,
@@ -106,6 +108,7 @@ class TextConfig:
     head_dim: int = 128
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
+    initializer_range: float = 0.02  # standard deviation of matrices in a model made from nothing
 
     def __post_init__(self) -> None:
         _positive("text_config", **dataclasses.asdict(self))

@@ -4,6 +4,7 @@ Dimension letters: B rows, L tokens, D width, H query heads, J key/value heads, 
 N layers, S slots of the key/value cache.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from flax import nnx
 from ov2_jax.model.attention import masked_attention, segment_attention
 from ov2_jax.model.compute import ComputeConfig
 from ov2_jax.model.config import TextConfig
-from ov2_jax.model.layers import INIT_STD, Linear, RMSNorm, scan_layers, stack
+from ov2_jax.model.layers import Linear, RMSNorm, scan_layers, stack
 from ov2_jax.model.rope import Rope, rotate_half, text_rope
 from ov2_jax.sharding import shard_rows
 
@@ -26,8 +27,8 @@ class KVCache(NamedTuple):
 
 
 class Embedding(nnx.Module):
-    def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs) -> None:
-        self.embedding = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), (vocab_size, width)))
+    def __init__(self, vocab_size: int, width: int, *, std: float, rngs: nnx.Rngs) -> None:
+        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (vocab_size, width)))
 
     def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return self.embedding[...].astype(dtype)[tokens]
@@ -35,13 +36,14 @@ class Embedding(nnx.Module):
 
 class Attention(nnx.Module):
     def __init__(self, config: TextConfig, rngs: nnx.Rngs) -> None:
+        linear = functools.partial(Linear, std=config.initializer_range, rngs=rngs)
         width, size = config.hidden_size, config.head_dim
         self.head_dim = size
         n_q, n_kv = config.num_attention_heads * size, config.num_key_value_heads * size
-        self.q_proj = Linear(width, n_q, bias=False, rngs=rngs)
-        self.k_proj = Linear(width, n_kv, bias=False, rngs=rngs)
-        self.v_proj = Linear(width, n_kv, bias=False, rngs=rngs)
-        self.o_proj = Linear(n_q, width, bias=False, rngs=rngs)
+        self.q_proj = linear(width, n_q, bias=False)
+        self.k_proj = linear(width, n_kv, bias=False)
+        self.v_proj = linear(width, n_kv, bias=False)
+        self.o_proj = linear(n_q, width, bias=False)
         self.q_norm = RMSNorm(size, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(size, eps=config.rms_norm_eps)
 
@@ -60,10 +62,11 @@ class Attention(nnx.Module):
 
 class SwiGLU(nnx.Module):
     def __init__(self, config: TextConfig, rngs: nnx.Rngs) -> None:
+        linear = functools.partial(Linear, std=config.initializer_range, rngs=rngs)
         width, hidden = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(width, hidden, bias=False, rngs=rngs)
-        self.up_proj = Linear(width, hidden, bias=False, rngs=rngs)
-        self.down_proj = Linear(hidden, width, bias=False, rngs=rngs)
+        self.gate_proj = linear(width, hidden, bias=False)
+        self.up_proj = linear(width, hidden, bias=False)
+        self.down_proj = linear(hidden, width, bias=False)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -111,15 +114,18 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
         compute: ComputeConfig | None = None,
     ) -> None:
+        linear = functools.partial(Linear, std=config.initializer_range, rngs=rngs)
         self.config = config
         self.compute = compute or ComputeConfig()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.embed_tokens = Embedding(
+            config.vocab_size, config.hidden_size, std=config.initializer_range, rngs=rngs
+        )
         self.layers = stack(lambda r: DecoderLayer(config, r), config.num_hidden_layers, rngs)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = (
             None
             if tie_word_embeddings
-            else Linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
+            else linear(config.hidden_size, config.vocab_size, bias=False)
         )
 
     def embed(self, tokens: jax.Array) -> jax.Array:

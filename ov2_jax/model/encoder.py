@@ -3,6 +3,8 @@
 Dimension letters: B rows, P patches of a row, D width, H heads.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,7 +12,7 @@ from flax import nnx
 from ov2_jax.model.attention import masked_attention, segment_attention
 from ov2_jax.model.compute import ComputeConfig
 from ov2_jax.model.config import VisionConfig
-from ov2_jax.model.layers import INIT_STD, NORMS, Linear, RMSNorm, scan_layers, stack
+from ov2_jax.model.layers import NORMS, Linear, RMSNorm, scan_layers, stack
 from ov2_jax.model.rope import Rope, rotate_neighbours, vision_rope
 from ov2_jax.sharding import shard_rows
 
@@ -22,10 +24,11 @@ def gelu(x: jax.Array) -> jax.Array:
 
 class Attention(nnx.Module):
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs) -> None:
+        linear = functools.partial(Linear, std=config.initializer_range, rngs=rngs)
         width = config.hidden_size
         self.heads = config.num_attention_heads
-        self.qkv = Linear(width, 3 * width, bias=True, rngs=rngs)
-        self.proj = Linear(width, width, bias=True, rngs=rngs)
+        self.qkv = linear(width, 3 * width, bias=True)
+        self.proj = linear(width, width, bias=True)
 
     def __call__(self, x: jax.Array, rope: Rope, segment_ids: jax.Array, block: int) -> jax.Array:
         b, p, d = x.shape
@@ -37,8 +40,9 @@ class Attention(nnx.Module):
 
 class MLP(nnx.Module):
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs) -> None:
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True, rngs=rngs)
+        linear = functools.partial(Linear, std=config.initializer_range, rngs=rngs)
+        self.fc1 = linear(config.hidden_size, config.intermediate_size, bias=True)
+        self.fc2 = linear(config.intermediate_size, config.hidden_size, bias=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(gelu(self.fc1(x)))
@@ -59,10 +63,11 @@ class EncoderLayer(nnx.Module):
 
 class PoolingAttention(nnx.Module):
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs) -> None:
+        linear = functools.partial(Linear, std=config.initializer_range, rngs=rngs)
         width = config.hidden_size
         self.heads = config.num_attention_heads
-        self.qkv = Linear(width, 3 * width, bias=True, rngs=rngs)
-        self.proj = Linear(width, width, bias=True, rngs=rngs)
+        self.qkv = linear(width, 3 * width, bias=True)
+        self.proj = linear(width, width, bias=True)
 
     def __call__(self, probe: jax.Array, x: jax.Array, mask: jax.Array) -> jax.Array:
         b, p, d = x.shape
@@ -81,7 +86,9 @@ class PoolingHead(nnx.Module):
 
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs) -> None:
         width = config.hidden_size
-        self.probe = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), (1, 1, width)))
+        self.probe = nnx.Param(
+            config.initializer_range * jax.random.normal(rngs.params(), (1, 1, width))
+        )
         self.attn = PoolingAttention(config, rngs)
         self.norm = RMSNorm(width, eps=config.layer_norm_eps)
         self.mlp = MLP(config, rngs)
@@ -104,10 +111,11 @@ class VisionEncoder(nnx.Module):
     def __init__(
         self, config: VisionConfig, *, rngs: nnx.Rngs, compute: ComputeConfig | None = None
     ) -> None:
+        linear = functools.partial(Linear, std=config.initializer_range, rngs=rngs)
         norm = NORMS[config.layer_norm_type]
         self.config = config
         self.compute = compute or ComputeConfig()
-        self.patch_embedding = Linear(config.patch_dim, config.hidden_size, bias=False, rngs=rngs)
+        self.patch_embedding = linear(config.patch_dim, config.hidden_size, bias=False)
         self.layernorm_pre = norm(config.hidden_size, eps=config.layer_norm_eps)
         self.layers = stack(lambda r: EncoderLayer(config, r), config.num_hidden_layers, rngs)
         self.layernorm_post = (

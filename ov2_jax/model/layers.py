@@ -10,14 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-INIT_STD = 0.02  # of the recipes, SPEC.md section 4
-
 
 class Linear(nnx.Module):
     """x [... in] -> x @ kernel + bias [... out]."""
 
-    def __init__(self, n_in: int, n_out: int, *, bias: bool, rngs: nnx.Rngs) -> None:
-        self.kernel = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), (n_in, n_out)))
+    def __init__(self, n_in: int, n_out: int, *, bias: bool, std: float, rngs: nnx.Rngs) -> None:
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (n_in, n_out)))
         self.bias = nnx.Param(jnp.zeros(n_out)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """The merger (adapter): m x m neighbouring patches become one token of the text's width."""
 
+import functools
+
 import jax
 from flax import nnx
 
@@ -12,10 +14,11 @@ class Merger(nnx.Module):
     """LayerNorm of each patch (also where the encoder has RMSNorm), concatenation, an MLP."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
+        linear = functools.partial(Linear, std=config.initializer_range, rngs=rngs)
         self.block = config.hidden_size * config.merge_unit
         self.ln_q = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.fc1 = Linear(self.block, self.block, bias=True, rngs=rngs)
-        self.fc2 = Linear(self.block, config.out_hidden_size, bias=True, rngs=rngs)
+        self.fc1 = linear(self.block, self.block, bias=True)
+        self.fc2 = linear(self.block, config.out_hidden_size, bias=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B P D] in block order -> [B P/m^2 D']."""

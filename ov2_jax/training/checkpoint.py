@@ -1,4 +1,7 @@
-"""Orbax checkpoints of a run: parameters, optimizer, step, loader, config and random stream."""
+"""Orbax checkpoints of a run: parameters, optimizer, step, loader, config and random stream.
+
+Nothing is ever restored in part: what does not fit raises CheckpointError.
+"""
 
 import json
 import signal
@@ -11,13 +14,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from ov2_jax.checkpoint_dir import CheckpointError
 from ov2_jax.training.config import CheckpointConfig
 from ov2_jax.training.step import TrainState
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be restored; nothing is ever restored in part."""
-
 
 ITEMS = ("params", "train_state", "loader", "config")
 

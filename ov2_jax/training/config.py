@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from ov2_jax.data.config import DataConfig, PackConfig
 from ov2_jax.model.compute import ComputeConfig
@@ -140,6 +140,37 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         raise ConfigError(f"{where} must be a sequence, but is {value!r}.")
     return value
+
+
+def experiment_config(values: Mapping[str, Any]) -> ConfigDict:
+    """What a file of configs/ returns: its values, and the default of every other field.
+
+    All fields are there, so each can be overridden on the command line; None is a placeholder of
+    the field's type. Raises ConfigError on a field that does not exist.
+    """
+    return _with_defaults(Experiment, values, "")
+
+
+def _with_defaults(kind: Any, values: Mapping[str, Any], where: str) -> ConfigDict:
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ConfigError(f"{where or 'config'} has no field {', '.join(unknown)}.")
+    config = ConfigDict()
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        given = values.get(field.name, field.default)
+        if given is dataclasses.MISSING:
+            continue  # required and not given: experiment_from says so
+        if dataclasses.is_dataclass(hint):
+            given = dataclasses.asdict(given) if dataclasses.is_dataclass(given) else given
+            config[field.name] = _with_defaults(hint, given, f"{where}{field.name}.")
+        elif given is None:
+            one = next(a for a in typing.get_args(hint) if a is not type(None))
+            config[field.name] = config_dict.placeholder(one)
+        else:
+            config[field.name] = given
+    return config
 
 
 def _is_required(field: dataclasses.Field) -> bool:

@@ -57,8 +57,9 @@ class MetricWriter:
             TextColumn("{task.fields[numbers]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(speed_estimate_period=120),
+            TimeRemainingColumn(),
             console=console,
+            speed_estimate_period=120,
             disable=not active,
         )
         self._task = self._progress.add_task("train", total=steps, completed=start, numbers="")
@@ -87,6 +88,11 @@ class MetricWriter:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def say(self, sentence: str) -> None:
+        """A line for people, above the bar."""
+        if self._active:
+            self._console.print(sentence, highlight=False)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """A step's line in metrics.jsonl, its TensorBoard scalars, and the bar."""

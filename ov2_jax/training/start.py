@@ -35,7 +35,7 @@ def check_model(experiment: Experiment) -> None:
     """The config's model must be the checkpoint's, to the last constant; raises ConfigError."""
     if experiment.init_from is None:
         return
-    found = load_config(resolve(experiment.init_from).hf)
+    found = load_config(resolve(experiment.init_from).require_hf())
     if not isinstance(found, ModelConfig):
         raise ConfigError(
             f"init_from {experiment.init_from!r} is a standalone encoder; make a full start "
@@ -60,7 +60,7 @@ def write_hf_folder(experiment: Experiment, workdir: epath.Path) -> epath.Path:
     part.mkdir(parents=True)
     sources = []
     if experiment.init_from is not None:
-        sources.append(epath.Path(resolve(experiment.init_from).hf))
+        sources.append(resolve(experiment.init_from).require_hf())
     if experiment.tokenizer is not None:
         sources.append(epath.Path(experiment.tokenizer))
     for source in sources:

@@ -101,7 +101,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trainable, frozen = split_trainable(state.params, config)
         loss, grads = loss_and_grads(graph, trainable, frozen, batch, reduction)
-        norms = {part: optax.global_norm(grads[part]) for part in grads}
+        norms = {part: optax.tree.norm(grads[part]) for part in grads}
         norm = jnp.sqrt(sum(n**2 for n in norms.values()))
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
