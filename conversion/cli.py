@@ -68,6 +68,13 @@ def parse_bytes(text: str) -> int:
     return int(float(digits) * _UNITS[unit])
 
 
+def parser(prog: str, doc: str) -> argparse.ArgumentParser:
+    """An argument parser whose help is the module's docstring as it stands."""
+    return argparse.ArgumentParser(
+        prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
 def add_max_shard_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size",

@@ -8,7 +8,6 @@ checkpoint, DIR/hf holds the configuration, tokenizer and processor files, so th
 mapped source: well under 2 GiB of memory for any size of model.
 """
 
-import argparse
 import functools
 
 from etils import epath
@@ -46,7 +45,7 @@ def convert(src: epath.PathLike, dst: epath.PathLike, *, dtype: str | None = Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m conversion.from_hf", description=__doc__)
+    parser = cli.parser("python -m conversion.from_hf", __doc__)
     parser.add_argument("--src", required=True, help="Hugging Face folder")
     parser.add_argument("--dst", required=True, help="new checkpoint folder")
     parser.add_argument("--dtype", choices=WEIGHT_DTYPES, help="cast to this (default: keep)")

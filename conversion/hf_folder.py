@@ -169,7 +169,7 @@ def _complete_processor(folder: pathlib.Path, config: ModelConfig) -> list[str]:
         _complete_auto_map(raw, {"AutoProcessor": _PROCESSOR_CLASS}, MODEL_REPOSITORY, folder)
         write_json(path, raw)
         written.append(path.name)
-    if has_tokenizer(folder) and not _template_takes_pictures(folder):
+    if has_tokenizer(folder) and not _chat_template(folder):
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
         written.append("chat_template.jinja")
     return written
@@ -179,17 +179,23 @@ def has_tokenizer(folder: pathlib.Path) -> bool:
     return (folder / "tokenizer.json").exists() or (folder / "vocab.json").exists()
 
 
-def _template_takes_pictures(folder: pathlib.Path) -> bool:
-    """Whether the chat template that transformers would use knows the image placeholder."""
+def _chat_template(folder: pathlib.Path) -> str:
+    """The chat template that transformers would use; empty if there is none."""
     path = folder / "chat_template.jinja"
     if path.exists():
-        return SPECIAL_TOKENS["image_token_id"] in path.read_text()
+        return path.read_text()
     for name in ("chat_template.json", "tokenizer_config.json"):
         if (folder / name).exists():
             template = read_json(folder / name).get("chat_template")
-            if template and SPECIAL_TOKENS["image_token_id"] in str(template):
-                return True
-    return False
+            if template:
+                return str(template)
+    return ""
+
+
+def take_pictures(folder: pathlib.Path) -> None:
+    """Replaces a language model's chat template, which drops pictures, by the reference's."""
+    if SPECIAL_TOKENS["image_token_id"] not in _chat_template(folder):
+        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
 def _complete_generation(folder: pathlib.Path) -> list[str]:

@@ -258,6 +258,7 @@ def write(
     rng = np.random.default_rng(seed)
     with cli.destination(out) as folder:
         hf_folder.copy_side_files(llm, folder)
+        hf_folder.take_pictures(folder)
         hf_folder.write_json(folder / "config.json", plan.raw_config)
         with (
             SafetensorsWriter(folder, plan.specs, max_shard_bytes) as writer,
@@ -278,11 +279,7 @@ def write(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m conversion.merge",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("python -m conversion.merge", __doc__)
     parser.add_argument("--encoder", required=True, help="standalone encoder's folder")
     parser.add_argument("--llm", required=True, help="Qwen3 folder")
     parser.add_argument("--merger", help="folder with the merger's weights (default: fresh)")

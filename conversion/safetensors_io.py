@@ -235,7 +235,9 @@ class SafetensorsWriter:
         text += b" " * (-len(text) % 8)
         start = 8 + len(text)
         with file.open("wb") as f:
-            os.posix_fallocate(f.fileno(), 0, start + end)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(f.fileno(), 0, start + end)
+            f.truncate(start + end)  # elsewhere (macOS) the space is not reserved
             f.write(struct.pack("<Q", len(text)) + text)
         mapped = np.memmap(file, np.uint8, "r+")
         self._maps.append(mapped)

@@ -109,7 +109,7 @@ def _write(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m conversion.to_hf", description=__doc__)
+    parser = cli.parser("python -m conversion.to_hf", __doc__)
     parser.add_argument("--src", required=True, help="checkpoint, work folder or step folder")
     parser.add_argument("--dst", required=True, help="new Hugging Face folder")
     parser.add_argument("--template", help="folder whose config, tokenizer and code to use")

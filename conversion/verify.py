@@ -326,7 +326,7 @@ def _natural(text: str) -> list[Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m conversion.verify", description=__doc__)
+    parser = cli.parser("python -m conversion.verify", __doc__)
     parser.add_argument("--hf", required=True, help="Hugging Face folder")
     parser.add_argument("--case", required=True, help="case folder")
 
