@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
             "workdir": "runs/quickstart/model",
             "model": model,
             "tokenizer": str(TOKENIZER),
-            "steps": 1200,
+            "steps": 800,
             "global_rows": 16,
             "data": {
                 "sources": ({"path": "runs/quickstart/data/train.jsonl"},),

@@ -115,9 +115,7 @@ def test_a_leak_between_samples_would_show(case: Case):
 
 def test_bfloat16_stays_near_float32(case: Case):
     """A coarse guard that the bfloat16 path computes the same thing."""
-    graph = nnx.split(
-        nnx.eval_shape(lambda: LlavaOnevision2(case.config, rngs=nnx.Rngs(0)))
-    )[0]
+    graph = nnx.split(nnx.eval_shape(lambda: LlavaOnevision2(case.config, rngs=nnx.Rngs(0))))[0]
     batch = pack(case.config, case.samples, (0,))
     weights = loss_weights(batch.targets[None], "tokens")[0]
     _, loss, _ = run(graph, case.params, batch, weights)

@@ -294,12 +294,12 @@ def make_text(rng: np.random.Generator, k: int, heldout: bool) -> Sample:
 # Task -> (generator, weight of the task in the training split). Tasks that take longer to learn
 # get more samples; the held-out split has equally many of each.
 TASKS: dict[str, tuple[Callable[[np.random.Generator, int, bool], Sample], float]] = {
-    "color": (make_colour, 1.0),
-    "shape": (make_shape, 1.4),
-    "count": (make_count, 1.4),
-    "compare": (make_compare, 1.6),
-    "motion": (make_motion, 1.3),
-    "when": (make_when, 1.4),
+    "color": (make_colour, 2.0),
+    "shape": (make_shape, 1.2),
+    "count": (make_count, 1.0),
+    "compare": (make_compare, 2.0),
+    "motion": (make_motion, 1.2),
+    "when": (make_when, 1.2),
     "text": (make_text, 1.2),
 }
 
