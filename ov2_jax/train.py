@@ -112,7 +112,8 @@ class Reporter:
         folder = self._workdir / "nonfinite"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step_{step}_process_{jax.process_index()}.json"
-        path.write_text(json.dumps({"step": step, "samples": info.sample_ids, **values}, indent=1))
+        report = {"step": step, "sample_ids": info.sample_ids, **values}
+        path.write_text(json.dumps(report, indent=1))
         logging.warning("Step %d was not finite and was skipped; its samples: %s", step, path)
         if values["skipped_in_a_row"] >= self._experiment.max_skipped_in_a_row:
             raise TrainingError(

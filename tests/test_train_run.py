@@ -1,0 +1,235 @@
+"""Whole runs: interrupted and resumed, moved to other meshes, from broken checkpoints."""
+
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from ml_collections import ConfigDict
+
+from ov2_jax.checkpoint_dir import CheckpointError
+from ov2_jax.model.config import ConfigError
+from ov2_jax.quickstart.dataset import write_dataset
+from ov2_jax.train import TrainingError, train
+from ov2_jax.training.config import experiment_from
+
+REPOSITORY = Path(__file__).parents[1]
+SMALL = {
+    "model.vision.num_hidden_layers": 1,
+    "model.vision.hidden_size": 64,
+    "model.vision.num_attention_heads": 2,
+    "model.vision.out_hidden_size": 48,
+    "model.text.num_hidden_layers": 1,
+    "model.text.hidden_size": 48,
+    "pack.rows": 1,
+    "pack.vision_rows": ((3, 64),),
+    "global_rows": 8,
+    "data.lookahead": 16,
+    "data.max_reject_share": 0.5,
+}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("quickstart") / "data"
+    return write_dataset(folder, train=120, heldout=7, workers=1).train_jsonl
+
+
+def config_of(workdir: Path, data: Path, **changes) -> ConfigDict:
+    config = runpy.run_path(str(REPOSITORY / "configs/quickstart.py"))["get_config"]()
+    values = {"workdir": str(workdir), "data.sources": ({"path": str(data)},), **SMALL, **changes}
+    config.update_from_flattened_dict(values)
+    return config
+
+
+def run(workdir: Path, data: Path, **changes) -> int:
+    return train(experiment_from(config_of(workdir, data, **changes)))
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines] == sorted({x["step"] for x in lines})
+    return {x["step"]: x["loss"] for x in lines}
+
+
+def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a step: parameters, moments, counters, random stream."""
+    found = {}
+    for item in ("params", "train_state"):
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            tree = checkpointer.restore(workdir / "checkpoints" / str(step) / item)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            found[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
+    return found
+
+
+class TestInterrupted:
+    """One straight run against one that was asked to stop, killed, and resumed twice."""
+
+    STEPS = 60
+
+    def start(self, workdir: Path, data: Path) -> subprocess.Popen:
+        sources = repr(({"path": str(data)},))
+        changes = {**SMALL, "steps": self.STEPS, "checkpoint.every": 20, "checkpoint.keep_last": 9}
+        command = [sys.executable, "-m", "ov2_jax.train", "--config=configs/quickstart.py"]
+        command += [f"--config.workdir={workdir}", f"--config.data.sources={sources}"]
+        command += [f"--config.{name}={value}" for name, value in changes.items()]
+        environment = {**os.environ, "XLA_FLAGS": ""}
+        return subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True
+        )
+
+    def wait_until(self, process: subprocess.Popen, condition) -> None:
+        for _ in range(12000):
+            if condition():
+                return
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.005)
+        pytest.fail("the run did not get there in a minute")
+
+    def finish(self, process: subprocess.Popen) -> str:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        return errors
+
+    def test_resume_is_exact(self, tmp_path, data):
+        straight, broken = tmp_path / "straight", tmp_path / "broken"
+        self.finish(self.start(straight, data))
+
+        process = self.start(broken, data)
+        metrics = broken / "metrics.jsonl"
+        self.wait_until(process, lambda: metrics.exists() and len(metrics.read_text()) > 2000)
+        process.send_signal(signal.SIGTERM)
+        assert "Run the same command to go on" in self.finish(process)
+        (stopped,) = (int(p.name) for p in (broken / "checkpoints").iterdir())
+        assert 0 < stopped < 40 and max(losses(broken)) == stopped
+
+        process = self.start(broken, data)
+        self.wait_until(process, (broken / "checkpoints/40").exists)
+        process.kill()
+        process.communicate()
+        assert not (broken / "checkpoints/60").exists()
+
+        assert "Resuming at step 40" in self.finish(self.start(broken, data))
+        assert losses(broken) == losses(straight)
+        want, got = arrays(straight, self.STEPS), arrays(broken, self.STEPS)
+        assert want.keys() == got.keys() and len(want) > 60
+        for name in want:
+            assert want[name].tobytes() == got[name].tobytes(), name
+
+
+def test_a_run_moves_to_another_mesh(tmp_path, data):
+    shapes = [{"mesh.data": 1, "mesh.fsdp": -1}, {"mesh.data": -1, "mesh.fsdp": 2}]
+    run(tmp_path / "one", data, steps=4, **shapes[0])
+    run(tmp_path / "two", data, steps=4, **{"checkpoint.every": 2}, **shapes[0])
+    shutil.rmtree(tmp_path / "two/checkpoints/4")
+    assert run(tmp_path / "two", data, steps=4, grad_accum=1, **shapes[1]) == 4
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert list(two) == [1, 2, 3, 4]
+    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
+    want, got = arrays(tmp_path / "one", 4), arrays(tmp_path / "two", 4)
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], atol=1e-4, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data) -> Path:
+    workdir = tmp_path_factory.mktemp("run") / "finished"
+    run(workdir, data, steps=2)
+    return workdir
+
+
+@pytest.mark.parametrize("lost", ["params/d", "params/manifest.ocdbt", "train_state", "loader"])
+def test_a_partial_checkpoint_is_refused(tmp_path, data, finished, lost):
+    workdir = tmp_path / "partial"
+    shutil.copytree(finished, workdir)
+    path = workdir / "checkpoints/2" / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(CheckpointError, match="step 2"):
+        run(workdir, data, steps=3)
+    assert max(losses(workdir)) == 2
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, data, finished):
+    workdir = tmp_path / "other"
+    shutil.copytree(finished, workdir)
+    with pytest.raises((CheckpointError, ConfigError), match="config"):
+        run(workdir, data, steps=3, **{"model.text.intermediate_size": 96})
+
+
+def test_a_start_from_a_run_has_its_parameters_and_a_fresh_optimizer(tmp_path, data, finished):
+    changes = {"init_from": str(finished), "tokenizer": None}
+    run(tmp_path / "next", data, steps=1, **changes, **{"optimizer.train": ("merger",)})
+    before, after = arrays(finished, 2), arrays(tmp_path / "next", 1)
+    for name in before:
+        if name.startswith("params") and "merger" not in name:
+            assert before[name].tobytes() == after[name].tobytes(), name
+    assert not any("encoder" in name for name in after if name.startswith("train_state"))
+
+
+def test_a_start_from_another_model_names_the_fields(tmp_path, data, finished):
+    changes = {"init_from": str(finished), "model.text.rope_theta": 5e6}
+    with pytest.raises(ConfigError, match=r"model\.text\.rope_theta is 5000000\.0.*1000000\.0"):
+        run(tmp_path / "next", data, steps=1, **changes)
+
+
+def test_a_diverging_run_stops_and_names_its_samples(tmp_path, data):
+    changes = {"optimizer.learning_rate": 1e30, "max_skipped_in_a_row": 2}
+    with pytest.raises(TrainingError, match="2 steps in a row"):
+        run(tmp_path / "diverging", data, steps=20, **changes)
+    reports = sorted((tmp_path / "diverging/nonfinite").iterdir())
+    assert len(reports) == 2
+    report = json.loads(reports[0].read_text())
+    samples = [name for pack in report["sample_ids"] for name in pack]
+    assert report["step"] > 1 and samples and all(s.startswith("train-") for s in samples)
+
+
+def test_metrics_say_what_a_step_did(finished):
+    line = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
+    for name in ("loss", "grad_norm/encoder", "learning_rate/merger", "tokens_per_second"):
+        assert np.isfinite(line[name])
+    assert 0.5 < line["utilisation/tokens"] <= 1 and 0.5 < line["utilisation/patches"] <= 1
+    assert line["data/seen"] >= line["samples"] > 0 and line["model_flops_per_second"] > 0
+    assert list((finished / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"global_rows": 12}, "12 packs of pack.rows 1, which grad_accum 1 x 8 data shards"),
+        ({"pack.rows": 3}, "global_rows 8 is not a multiple of pack.rows 3"),
+        ({"mesh.data": 3}, "does not use the 8 devices"),
+        ({"steps": 0}, "steps is 0"),
+        ({"tokenizer": "no/such/folder"}, "tokenizer is 'no/such/folder', which does not exist"),
+        ({"init_from": "no/such/folder"}, "init_from is 'no/such/folder', which does not exist"),
+        ({"workdir": ""}, "workdir is empty"),
+        ({"loss_reduction": "mean"}, "loss_reduction is 'mean'"),
+        ({"checkpoint.keep_every": 30}, "must be a multiple of checkpoint.every"),
+        ({"compute.dtype": "float16"}, "compute.dtype is 'float16'"),
+    ],
+)
+def test_a_config_that_cannot_work_is_one_sentence(tmp_path, data, changes, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        run(tmp_path / "run", data, **changes)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_unknown_fields_and_wrong_types_are_named(tmp_path, data):
+    config = config_of(tmp_path, data).to_dict()
+    with pytest.raises(ConfigError, match="optimizer has no field lr; it has .*learning_rate"):
+        experiment_from(ConfigDict({**config, "optimizer": {"lr": 1.0}}))
+    with pytest.raises(ConfigError, match="steps must be of type int, but is 'many'"):
+        experiment_from(ConfigDict({**config, "steps": "many"}))
+    del config["global_rows"]
+    with pytest.raises(ConfigError, match="config lacks global_rows"):
+        experiment_from(ConfigDict(config))
