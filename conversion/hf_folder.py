@@ -176,7 +176,7 @@ def _complete_processor(folder: pathlib.Path, config: ModelConfig) -> list[str]:
 
 
 def has_tokenizer(folder: pathlib.Path) -> bool:
-    return (folder / "tokenizer.json").exists() or (folder / "vocab.json").exists()
+    return (folder / "tokenizer.json").exists()
 
 
 def _chat_template(folder: pathlib.Path) -> str:
@@ -202,7 +202,8 @@ def _complete_generation(folder: pathlib.Path) -> list[str]:
     path = folder / "generation_config.json"
     if path.exists() or not has_tokenizer(folder):
         return []
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    # Not AutoTokenizer: it reads config.json, finds remote code and asks whether to run it.
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     ids = {
         name: token
         for name, token in (
@@ -221,7 +222,7 @@ def special_token_ids(folder: epath.PathLike) -> dict[str, int]:
 
     Raises ConversionError naming the tokens that the tokenizer lacks.
     """
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder))
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in SPECIAL_TOKENS.values() if token not in vocabulary]
     if missing:

@@ -10,7 +10,7 @@ import collections
 import json
 from typing import NamedTuple
 
-from absl import app, flags
+from absl import app, flags, logging
 from etils import epath
 from rich.progress import track
 
@@ -111,6 +111,7 @@ def write_answers(answers: list[Answer], path: epath.PathLike) -> None:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+    logging.set_verbosity(logging.ERROR)  # Orbax tells its whole life at INFO
     try:
         generator, data = open_checkpoint(_CHECKPOINT.value, dtype=_DTYPE.value)
         answers = evaluate(

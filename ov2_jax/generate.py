@@ -9,7 +9,7 @@ prompt mark their places, otherwise they come first. Several --prompt are answer
 
 import dataclasses
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from conversion.errors import ConversionError
 from ov2_jax.checkpoint_dir import CheckpointError
@@ -44,6 +44,7 @@ def with_marks(prompt: str, images: int, videos: int) -> str:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+    logging.set_verbosity(logging.ERROR)  # Orbax tells its whole life at INFO
     try:
         generator, data = open_checkpoint(_CHECKPOINT.value, dtype=_DTYPE.value)
         changes = {}

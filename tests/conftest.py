@@ -4,9 +4,31 @@ Tests compile a lot and compute little, so LLVM's expensive passes would be most
 """
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true"
     " --xla_backend_optimization_level=0"
 )
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """train.jsonl of a small quickstart data set; heldout.jsonl lies beside it."""
+    from ov2_jax.quickstart.dataset import write_dataset
+
+    folder = tmp_path_factory.mktemp("quickstart") / "data"
+    return write_dataset(folder, train=120, heldout=7, workers=1).train_jsonl
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, data) -> Path:
+    """The work directory of a run of two steps."""
+    from tests.runs import run
+
+    workdir = tmp_path_factory.mktemp("run") / "finished"
+    run(workdir, data, steps=2)
+    return workdir

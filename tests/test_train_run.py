@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -18,41 +17,12 @@ from ml_collections import ConfigDict
 
 from ov2_jax.checkpoint_dir import CheckpointError
 from ov2_jax.model.config import ConfigError
-from ov2_jax.quickstart.dataset import write_dataset
 from ov2_jax.train import TrainingError, train
 from ov2_jax.training.config import experiment_from
+from tests.runs import REPOSITORY, SMALL, config_of, run
 
-REPOSITORY = Path(__file__).parents[1]
-SMALL = {
-    "model.vision.num_hidden_layers": 1,
-    "model.vision.hidden_size": 64,
-    "model.vision.num_attention_heads": 2,
-    "model.vision.out_hidden_size": 48,
-    "model.text.num_hidden_layers": 1,
-    "model.text.hidden_size": 48,
-    "pack.rows": 1,
-    "pack.vision_rows": ((3, 64),),
-    "global_rows": 8,
-    "data.lookahead": 16,
-    "data.max_reject_share": 0.5,
-}
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("quickstart") / "data"
-    return write_dataset(folder, train=120, heldout=7, workers=1).train_jsonl
-
-
-def config_of(workdir: Path, data: Path, **changes) -> ConfigDict:
-    config = runpy.run_path(str(REPOSITORY / "configs/quickstart.py"))["get_config"]()
-    values = {"workdir": str(workdir), "data.sources": ({"path": str(data)},), **SMALL, **changes}
-    config.update_from_flattened_dict(values)
-    return config
-
-
-def run(workdir: Path, data: Path, **changes) -> int:
-    return train(experiment_from(config_of(workdir, data, **changes)))
+# A restore that fails leaves futures that nobody asks for their result.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def losses(workdir: Path) -> dict[int, float]:
@@ -141,13 +111,6 @@ def test_a_run_moves_to_another_mesh(tmp_path, data):
         np.testing.assert_allclose(got[name], want[name], atol=1e-4, err_msg=name)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, data) -> Path:
-    workdir = tmp_path_factory.mktemp("run") / "finished"
-    run(workdir, data, steps=2)
-    return workdir
-
-
 @pytest.mark.parametrize("lost", ["params/d", "params/manifest.ocdbt", "train_state", "loader"])
 def test_a_partial_checkpoint_is_refused(tmp_path, data, finished, lost):
     workdir = tmp_path / "partial"
@@ -219,7 +182,7 @@ def test_metrics_say_what_a_step_did(finished):
 )
 def test_a_config_that_cannot_work_is_one_sentence(tmp_path, data, changes, message):
     with pytest.raises(ConfigError, match=message) as error:
-        run(tmp_path / "run", data, **changes)
+        train(experiment_from(config_of(tmp_path / "run", data, **changes)))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run/checkpoints").exists()
 

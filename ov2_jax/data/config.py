@@ -44,6 +44,8 @@ class SourceConfig:
 class DataConfig:
     """How samples are read and encoded. Areas are in pixels, times in seconds.
 
+    Training needs `sources`; generation brings its own pictures and clips.
+
     Frames of a clip: `target_fps` if set (at most `max_frames`), else `num_frames` if set, else 8
     for clips under 10 s, 16 under 30 s and `max_frames` beyond. `frame_min_pixels` and
     `frame_max_pixels` are `min_pixels` and `max_pixels` unless set.
@@ -55,7 +57,7 @@ class DataConfig:
     `lookahead` is the number of samples that the packer chooses from; they wait in memory.
     """
 
-    sources: tuple[SourceConfig, ...]
+    sources: tuple[SourceConfig, ...] = ()
     min_pixels: int = 56 * 56
     max_pixels: int = 1280 * 28 * 28
     frame_min_pixels: int | None = None
@@ -82,11 +84,8 @@ class DataConfig:
         def check(name: str, good: bool, remedy: str) -> None:
             _check("data", name, getattr(self, name), good, remedy)
 
-        check(
-            "sources",
-            bool(self.sources) and all(isinstance(s, SourceConfig) for s in self.sources),
-            "at least one SourceConfig",
-        )
+        good = all(isinstance(source, SourceConfig) for source in self.sources)
+        check("sources", good, "a sequence of SourceConfig")
         for name in ("min_pixels", "max_pixels", "max_frames", "lookahead", "reject_check_after"):
             value = getattr(self, name)
             check(name, _whole(value) and value > 0, "a positive whole number")

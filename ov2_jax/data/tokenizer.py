@@ -54,17 +54,12 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerFast", model: ModelConfig) ->
 
 def load_tokenizer(folder: epath.PathLike, model: ModelConfig) -> "PreTrainedTokenizerFast":
     """Loads a tokenizer folder and checks it; raises DataError with the reason."""
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
+    from transformers import PreTrainedTokenizerFast
 
     if not (epath.Path(folder) / "tokenizer.json").exists():
         raise DataError(f"{folder} is not a tokenizer folder: it has no tokenizer.json.")
-    # It would warn that config.json's model type is none of its own, which only remote code knows.
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    finally:
-        logging.set_verbosity(verbosity)
+    # Not AutoTokenizer: it reads the model's config.json, whose type only remote code knows, and
+    # asks on the terminal whether to run that.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
     check_tokenizer(tokenizer, model)
     return tokenizer

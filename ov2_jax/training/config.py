@@ -64,7 +64,9 @@ class Experiment:
         if not self.workdir:
             raise ConfigError("workdir is empty; set --config.workdir=DIR, where the run is kept.")
         if not self.data.sources:
-            raise ConfigError("data.sources is empty; name at least one JSON or JSONL file.")
+            raise ConfigError(
+                "data.sources is (); name at least one JSON or JSONL file of samples."
+            )
         if self.init_from is None and self.tokenizer is None:
             raise ConfigError("Set init_from (a checkpoint) or tokenizer (a folder), or both.")
         for name in ("steps", "global_rows", "grad_accum", "max_skipped_in_a_row", "log_every"):
