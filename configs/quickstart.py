@@ -48,8 +48,8 @@ def get_config() -> ConfigDict:
             "workdir": "runs/quickstart/model",
             "model": model,
             "tokenizer": str(TOKENIZER),
-            "steps": 800,
-            "global_rows": 16,
+            "steps": 1500,
+            "global_rows": 8,
             "data": {
                 "sources": ({"path": "runs/quickstart/data/train.jsonl"},),
                 "min_pixels": 28 * 28,
@@ -58,13 +58,13 @@ def get_config() -> ConfigDict:
                 "lookahead": 64,
             },
             "pack": {
-                "rows": 16,
+                "rows": 8,
                 "seq_len": 128,
                 # Pictures have 8 to 32 patches, windows of clips up to 64.
-                "vision_rows": ((27, 64),),
+                "vision_rows": ((13, 64),),
             },
             "optimizer": {
-                "learning_rate": 2e-3,
+                "learning_rate": 1.5e-3,
                 "end_learning_rate": 1e-5,
                 "warmup_fraction": 0.05,
                 "beta2": 0.99,

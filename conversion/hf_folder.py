@@ -14,6 +14,7 @@ from etils import epath
 from conversion.errors import ConversionError, listing
 from conversion.keys import Config
 from ov2_jax.model.config import ModelConfig
+from ov2_jax.model.normalize import IMAGE_MEAN, IMAGE_STD
 
 # Where remote code comes from when a folder has none of its own: the released models.
 MODEL_REPOSITORY = "lmms-lab-encoder/LLaVA-OneVision-2-8B-Instruct"
@@ -32,11 +33,18 @@ _ENCODER_AUTO_MAP = {
 }
 
 # The pixel budget of the released processor: 2 x 2 patches of 28 pixels to 2000 x 2000.
-MIN_PIXELS = 4 * 28 * 28
-MAX_PIXELS = 2000 * 2000
-_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+PIXELS = (4 * 28 * 28, 2000 * 2000)
 
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 _SIDE_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py")
 _SIDE_NAMES = ("LICENSE", "NOTICE")
 _SIDE_FOLDERS = ("additional_chat_templates",)
@@ -92,6 +100,13 @@ def copy_side_files(source: epath.PathLike, target: pathlib.Path) -> None:
             (target / path.name).write_bytes(path.read_bytes())
 
 
+def copy_tokenizer(source: epath.PathLike, target: pathlib.Path) -> None:
+    """Copies what makes the tokenizer of a folder, and leaves its model's config behind."""
+    for name in _TOKENIZER_FILES:
+        if (path := epath.Path(source) / name).exists():
+            (target / name).write_bytes(path.read_bytes())
+
+
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
@@ -114,13 +129,20 @@ def _complete_auto_map(
     return changed
 
 
-def complete(folder: pathlib.Path, config: Config, dtype: str | None) -> list[str]:
+def complete(
+    folder: pathlib.Path,
+    config: Config,
+    dtype: str | None,
+    *,
+    pixels: tuple[int, int] = PIXELS,
+) -> list[str]:
     """Makes a folder with a config.json loadable by transformers; returns the files it wrote.
 
     Args:
       folder: the Hugging Face folder; what it already has stays as it is.
       config: its model.
       dtype: the one dtype of all weights, recorded in config.json; None if they are mixed.
+      pixels: smallest and largest area of a picture, for a preprocessor_config.json made here.
     """
     written = []
     raw = read_json(folder / "config.json")
@@ -140,12 +162,14 @@ def complete(folder: pathlib.Path, config: Config, dtype: str | None) -> list[st
         write_json(folder / "config.json", raw)
         written.append("config.json")
     if full:
-        written += _complete_processor(folder, config)
+        written += _complete_processor(folder, config, pixels)
         written += _complete_generation(folder)
     return written
 
 
-def _complete_processor(folder: pathlib.Path, config: ModelConfig) -> list[str]:
+def _complete_processor(
+    folder: pathlib.Path, config: ModelConfig, pixels: tuple[int, int]
+) -> list[str]:
     written = []
     path = folder / "preprocessor_config.json"
     if not path.exists() and not (folder / "processor_config.json").exists():
@@ -154,11 +178,11 @@ def _complete_processor(folder: pathlib.Path, config: ModelConfig) -> list[str]:
             "patch_size": config.vision.patch_size,
             "merge_size": config.vision.spatial_merge_size,
             "temporal_patch_size": 1,
-            "min_pixels": MIN_PIXELS,
-            "max_pixels": MAX_PIXELS,
-            "size": {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS},
-            "image_mean": _CLIP_MEAN,
-            "image_std": _CLIP_STD,
+            "min_pixels": pixels[0],
+            "max_pixels": pixels[1],
+            "size": {"shortest_edge": pixels[0], "longest_edge": pixels[1]},
+            "image_mean": list(IMAGE_MEAN),
+            "image_std": list(IMAGE_STD),
             "resample": 3,
             "rescale_factor": 1 / 255,
             "do_convert_rgb": True,

@@ -32,6 +32,7 @@ from ov2_jax.training.start import (
     check_model,
     first_state,
     model_graph,
+    tokenizer_folder,
     write_hf_folder,
 )
 from ov2_jax.training.step import Metrics, make_train_step
@@ -130,15 +131,16 @@ def train(experiment: Experiment) -> int:
     experiment.check_mesh(data_shards(mesh), processes)
     workdir = epath.Path(experiment.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    hf_folder = write_hf_folder(experiment, workdir)
     config = experiment_to_dict(experiment)
-    (workdir / "config.json").write_text(json.dumps(config, indent=2))
+    if jax.process_index() == 0:
+        write_hf_folder(experiment)
+        (workdir / "config.json").write_text(json.dumps(config, indent=2))
 
     loader = make_loader(
         experiment.data,
         experiment.pack,
         experiment.model,
-        load_tokenizer(hf_folder, experiment.model),
+        load_tokenizer(tokenizer_folder(experiment), experiment.model),
         packs_per_step=experiment.packs_per_step,
         seed=experiment.seed,
         process_index=jax.process_index(),

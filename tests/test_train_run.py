@@ -175,6 +175,7 @@ def test_metrics_say_what_a_step_did(finished):
         ({"tokenizer": "no/such/folder"}, "tokenizer is 'no/such/folder', which does not exist"),
         ({"init_from": "no/such/folder"}, "init_from is 'no/such/folder', which does not exist"),
         ({"workdir": ""}, "workdir is empty"),
+        ({"workdir": "gs://bucket/run"}, "mount the bucket"),
         ({"loss_reduction": "mean"}, "loss_reduction is 'mean'"),
         ({"checkpoint.keep_every": 30}, "must be a multiple of checkpoint.every"),
         ({"compute.dtype": "float16"}, "compute.dtype is 'float16'"),

@@ -63,6 +63,11 @@ class Experiment:
     def __post_init__(self) -> None:
         if not self.workdir:
             raise ConfigError("workdir is empty; set --config.workdir=DIR, where the run is kept.")
+        if "://" in self.workdir:
+            raise ConfigError(
+                f"workdir is {self.workdir!r}; metrics are appended to, so it must be a "
+                "folder of a file system: mount the bucket (gcsfuse, mountpoint-s3)."
+            )
         if not self.data.sources:
             raise ConfigError(
                 "data.sources is (); name at least one JSON or JSONL file of samples."

@@ -1,7 +1,7 @@
 """Where a run starts: the model's config, its first parameters, and the folder kept for export."""
 
 import dataclasses
-import json
+import pathlib
 import shutil
 from typing import Any
 
@@ -10,6 +10,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
+from conversion import hf_folder
 from ov2_jax.checkpoint_dir import resolve
 from ov2_jax.model.config import ConfigError, ModelConfig, load_config, model_config_to_hf
 from ov2_jax.model.llava_onevision2 import LlavaOnevision2
@@ -49,30 +50,31 @@ def check_model(experiment: Experiment) -> None:
         )
 
 
-def write_hf_folder(experiment: Experiment, workdir: epath.Path) -> epath.Path:
-    """`workdir/hf`: config.json, tokenizer and processor files, which export takes along."""
-    folder = workdir / "hf"
-    if folder.exists():
-        return folder
-    part = workdir / "hf.part"
-    if part.exists():
-        part.rmtree()
-    part.mkdir(parents=True)
-    sources = []
-    if experiment.init_from is not None:
-        sources.append(resolve(experiment.init_from).require_hf())
+def tokenizer_folder(experiment: Experiment) -> epath.Path:
+    """The tokenizer that is asked for, or the start checkpoint's."""
     if experiment.tokenizer is not None:
-        sources.append(epath.Path(experiment.tokenizer))
-    for source in sources:
-        for path in source.iterdir():
-            if path.is_file():
-                shutil.copyfile(path, part / path.name)
-    config = part / "config.json"
-    if not config.exists():
-        raw = model_config_to_hf(experiment.model, dtype="float32")
-        config.write_text(json.dumps(raw, indent=2) + "\n")
+        return epath.Path(experiment.tokenizer)
+    return resolve(experiment.init_from).require_hf()
+
+
+def write_hf_folder(experiment: Experiment) -> None:
+    """`workdir/hf`: config.json, tokenizer and processor files, which export takes along."""
+    folder = pathlib.Path(experiment.workdir) / "hf"
+    if folder.exists():
+        return
+    part = folder.with_name("hf.part")
+    if part.exists():
+        shutil.rmtree(part)
+    part.mkdir(parents=True)
+    if experiment.init_from is not None:
+        hf_folder.copy_side_files(resolve(experiment.init_from).require_hf(), part)
+    else:
+        hf_folder.write_json(part / "config.json", model_config_to_hf(experiment.model))
+    if experiment.tokenizer is not None:
+        hf_folder.copy_tokenizer(experiment.tokenizer, part)
+    pixels = experiment.data.min_pixels, experiment.data.max_pixels
+    hf_folder.complete(part, experiment.model, None, pixels=pixels)
     part.rename(folder)
-    return folder
 
 
 def random_params(model: ModelConfig, seed: int) -> dict[str, Any]:
