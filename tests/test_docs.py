@@ -1,0 +1,69 @@
+"""What the documentation names exists: links, modules, flags, fields, reasons, parameter counts."""
+
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from conversion.keys import parameter_count
+from ov2_jax.data.errors import REASONS
+from ov2_jax.model.config import SIZES, model_config
+from ov2_jax.training.config import Experiment
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {path.name: path.read_text() for path in PAGES}
+FIELDS = {f.name: f for f in dataclasses.fields(Experiment)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_and_files_exist(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXTS[page.name]):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for path in re.findall(r"`([\w/]+/\w+\.\w+)`", TEXTS[page.name]):
+        assert (ROOT / path).exists() or (ROOT / "ov2_jax" / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_modules_and_flags_exist(page):
+    for line in re.sub(r"\\\n\s*", "", TEXTS[page.name]).splitlines():
+        for module, rest in re.findall(r"python -m ([\w.]+)(.*)", line):
+            spec = importlib.util.find_spec(module)
+            assert spec is not None, module
+            source = Path(spec.origin).read_text()
+            for flag in re.findall(r"--([\w-]+)", rest):
+                # conversion shares --max-shard-size between its programs.
+                shared = (ROOT / "conversion/cli.py").read_text()
+                assert f'"{flag}"' in source or f'"--{flag}"' in source + shared, (module, flag)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_fields_exist(page):
+    """`data.lookahead`, --config.optimizer.train=..., and the like."""
+    parts = "data|pack|optimizer|compute|mesh|checkpoint"
+    named = re.findall(rf"(?:`|--config\.)({parts})\.(\w+)", TEXTS[page.name])
+    for part, name in named:
+        kind = FIELDS[part].type
+        assert name in {f.name for f in dataclasses.fields(kind)}, f"{part}.{name}"
+    for name in re.findall(r"--config\.(\w+)=", TEXTS[page.name]):
+        assert name in FIELDS, name
+
+
+def test_every_reason_has_its_row_and_no_other():
+    rows = re.findall(r"^\| `(\w+)` \| ", TEXTS["data.md"].split("set aside\n")[1], re.M)
+    assert rows[: len(REASONS)] == list(REASONS)
+
+
+def test_every_data_option_is_explained():
+    options = TEXTS["data.md"]
+    for part in ("data", "pack"):
+        for field in dataclasses.fields(FIELDS[part].type):
+            assert re.search(rf"\b{field.name}\b", options), f"{part}.{field.name}"
+
+
+def test_parameter_counts():
+    for size in SIZES:
+        count = f"{parameter_count(model_config(size)):,}".replace(",", " ")
+        assert count in TEXTS["design.md"], size
