@@ -13,8 +13,8 @@ larger meshes of powers of two the run says so before it starts; take 128 rows t
 
 The public script does not pack: a row is one sample there, and 5607 steps are one epoch of 740 000
 samples. Here a row is filled with samples, so the same number of rows is many epochs. For one
-epoch let the first steps tell how many samples a step takes (`samples` in metrics.jsonl), and
-divide; or lower --config.global_rows until a step has about 132 samples, and keep the steps.
+epoch let the first steps tell how many samples a step takes (`samples` in metrics.jsonl, times the
+processes), and divide; or lower --config.global_rows until that is 132, and keep the steps.
 """
 
 from ml_collections import ConfigDict
