@@ -64,7 +64,7 @@ def get_config() -> ConfigDict:
                 "vision_rows": ((13, 64),),
             },
             "optimizer": {
-                "learning_rate": 1.5e-3,
+                "learning_rate": 2e-3,
                 "end_learning_rate": 1e-5,
                 "warmup_fraction": 0.05,
                 "beta2": 0.99,

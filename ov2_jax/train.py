@@ -197,6 +197,19 @@ def train(experiment: Experiment) -> int:
     return step
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's flags, but an override of a field that the config lacks is one sentence."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as e:
+        name = str(e).strip("\"'")
+        given = [a for a in argv if a.startswith("--config.") and name in a.split("=")[0]]
+        raise SystemExit(
+            f"ConfigError: {' '.join(given)} names no field of the config ({name!r}); the fields "
+            "are those of ov2_jax/training/config.py."
+        ) from e
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
@@ -212,4 +225,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

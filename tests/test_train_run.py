@@ -197,3 +197,11 @@ def test_unknown_fields_and_wrong_types_are_named(tmp_path, data):
     del config["global_rows"]
     with pytest.raises(ConfigError, match="config lacks global_rows"):
         experiment_from(ConfigDict(config))
+
+
+def test_an_override_of_no_field_is_one_sentence(tmp_path):
+    command = [sys.executable, "-m", "ov2_jax.train", "--config=configs/quickstart.py"]
+    command += [f"--config.workdir={tmp_path}", "--config.optimizer.lr=1"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert "--config.optimizer.lr=1 names no field" in result.stderr.splitlines()[-1]

@@ -31,8 +31,8 @@ OPPOSITES = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
 COLOUR_JITTER = 15  # a shape's colour differs by at most this from the table, per channel
 BACKGROUND = (205, 255)  # each channel of a background: light, so that every colour stands out
-RADIUS = (9.0, 12.5)  # of a shape, in pixels after resizing; a cell is 28 wide
-CELL_JITTER = 2.0  # how far a shape's centre lies from its cell's, in pixels after resizing
+RADIUS = (11.0, 13.0)  # of a shape, in pixels after resizing; a cell is 28 wide
+CELL_JITTER = 1.0  # how far a shape's centre lies from its cell's, in pixels after resizing
 SIZE_JITTER = 9  # a picture's side differs by at most this from a multiple of 28 (under 14)
 
 # (rows, cols) of cells; a picture costs rows * cols tokens and four times as many patches.
@@ -57,7 +57,7 @@ SYSTEM_SHARE = 0.04
 SYSTEM_PROMPTS = ("Be brief.", "Look and answer.")
 # Training samples of colour, shape and motion that ask a second question about the same picture or
 # clip: more to learn from the same patches, which cost most of the time.
-TWO_TURN_SHARE = 0.6
+TWO_TURN_SHARE = 0.4
 TEXT_HELDOUT_SHARE = 0.15  # text questions that are never trained on
 
 
@@ -306,7 +306,7 @@ def make_text(rng: np.random.Generator, k: int, heldout: bool) -> Sample:
 # get more samples; the held-out split has equally many of each.
 TASKS: dict[str, tuple[Callable[[np.random.Generator, int, bool], Sample], float]] = {
     "color": (make_colour, 1.2),
-    "shape": (make_shape, 1.4),
+    "shape": (make_shape, 1.8),
     "count": (make_count, 1.3),
     "compare": (make_compare, 1.7),
     "motion": (make_motion, 1.5),

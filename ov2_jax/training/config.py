@@ -1,6 +1,7 @@
 """The experiment: ml_collections at the edge, checked frozen dataclasses inside."""
 
 import dataclasses
+import importlib.util
 import types
 import typing
 from collections.abc import Mapping
@@ -56,7 +57,6 @@ class Experiment:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     max_skipped_in_a_row: int = 5  # non-finite steps before the run stops
-    log_every: int = 10
     wandb_project: str | None = None
     distributed: bool = False  # join jax.distributed before anything else
 
@@ -74,7 +74,7 @@ class Experiment:
             )
         if self.init_from is None and self.tokenizer is None:
             raise ConfigError("Set init_from (a checkpoint) or tokenizer (a folder), or both.")
-        for name in ("steps", "global_rows", "grad_accum", "max_skipped_in_a_row", "log_every"):
+        for name in ("steps", "global_rows", "grad_accum", "max_skipped_in_a_row"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.loss_reduction not in REDUCTIONS:
@@ -86,9 +86,14 @@ class Experiment:
                 f"global_rows {self.global_rows} is not a multiple of pack.rows "
                 f"{self.pack.rows}, the text rows of a pack."
             )
-        for name in ("workdir", "init_from", "tokenizer"):
+        if self.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+            raise ConfigError(
+                f"wandb_project is {self.wandb_project!r} but wandb is not installed; "
+                "pip install 'ov2_jax[wandb]'."
+            )
+        for name in ("init_from", "tokenizer"):
             value = getattr(self, name)
-            if name != "workdir" and value is not None and not epath.Path(value).exists():
+            if value is not None and not epath.Path(value).exists():
                 raise ConfigError(f"{name} is {value!r}, which does not exist.")
 
     @property
