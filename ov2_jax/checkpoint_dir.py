@@ -5,7 +5,7 @@ A converted checkpoint:            A training run:
     DIR/hf/       config, tokenizer    WORKDIR/hf/
 
 Everything that takes a checkpoint takes a DIR, a WORKDIR (its latest finished step) or one step's
-folder. All three may be remote (gs://).
+folder. A converted checkpoint may be remote (gs://).
 """
 
 import dataclasses

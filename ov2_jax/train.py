@@ -6,7 +6,9 @@ checkpoint and exits. Everything a config gets wrong is said before the accelera
 """
 
 import collections
+import contextlib
 import json
+import math
 import time
 
 import jax
@@ -23,16 +25,16 @@ from ov2_jax.data.loader import StepInfo, make_loader
 from ov2_jax.data.tokenizer import load_tokenizer
 from ov2_jax.model.config import ConfigError
 from ov2_jax.sharding import batch_sharding, data_shards, make_mesh
-from ov2_jax.training.checkpoint import RunCheckpoints, StopSignal
+from ov2_jax.training.checkpoint import RunCheckpoints, StopSignal, latest_step
 from ov2_jax.training.config import Experiment, experiment_from, experiment_to_dict
 from ov2_jax.training.flops import Work, batch_work, train_flops
-from ov2_jax.training.metrics import MetricWriter
+from ov2_jax.training.metrics import MetricWriter, json_line
 from ov2_jax.training.start import (
     abstract_train_state,
-    check_model,
     first_state,
     model_graph,
     tokenizer_folder,
+    with_checkpoint_model,
     write_hf_folder,
 )
 from ov2_jax.training.step import Metrics, make_train_step
@@ -52,17 +54,16 @@ def to_devices(batch: Batch, mesh: Mesh, grad_accum: int) -> Batch:
         x = x.reshape(grad_accum, -1, *x.shape[1:])
         return jax.make_array_from_process_local_data(sharding, x)
 
-    return jax.tree.map(place, batch)
+    # The one transfer that is meant; with several processes JAX counts it as an implicit one.
+    with jax.transfer_guard("allow"):
+        return jax.tree.map(place, batch)
 
 
 def _counts(info: StepInfo) -> dict[str, float]:
-    """What the step's packs held (this process's), and the samples set aside since the start."""
+    """Of this process: samples and filled slots of the step, samples set aside since the start."""
     classes = zip(info.class_patches, info.class_slots, strict=True)
     return {
         "samples": info.samples,
-        "tokens": info.tokens,
-        "supervised_tokens": info.supervised_tokens,
-        "patches": info.patches,
         "utilisation/tokens": info.tokens / info.token_slots,
         "utilisation/patches": info.patches / max(1, info.patch_slots),
         **{f"utilisation/patches_class_{k}": n / slots for k, (n, slots) in enumerate(classes)},
@@ -80,7 +81,8 @@ class Reporter:
         self._writer = writer
         self._workdir = workdir
         self._pending: tuple[int, Metrics, StepInfo, Work] | None = None
-        self._since, self._window = time.perf_counter(), collections.deque(maxlen=50)
+        self._since, self._started = time.perf_counter(), False
+        self._window: collections.deque[tuple[float, ...]] = collections.deque(maxlen=50)
 
     def add(self, step: int, metrics: Metrics, info: StepInfo, work: Work) -> None:
         """Takes a step that was just started, and reports the one before it."""
@@ -95,14 +97,18 @@ class Reporter:
         values = {name: float(v) for name, v in jax.device_get(metrics).items()}
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
-        self._window.append((seconds, work))
-        span = sum(s for s, _ in self._window)
+        if self._started:  # the first step's time is the compiler's
+            self._window.append((seconds, values["tokens"], values["patches"]))
+        self._started = True
+        span = sum(s for s, *_ in self._window) or math.inf
+        # Windows and samples are known on the host, which sees its own share of them only.
+        share = work.tokens / max(1, values["tokens"])
         flops = train_flops(self._experiment.model, work, self._experiment.optimizer.train)
         values |= {
-            "tokens_per_second": sum(w.tokens for _, w in self._window) / span,
-            "patches_per_second": sum(w.patches for _, w in self._window) / span,
+            "tokens_per_second": sum(tokens for _, tokens, _ in self._window) / span,
+            "patches_per_second": sum(patches for *_, patches in self._window) / span,
             "step_seconds": seconds,
-            "model_flops_per_second": flops / seconds,
+            "model_flops_per_second": flops / max(share, 1e-9) / seconds,
             **_counts(info),
         }
         self._writer.write(step, values)
@@ -114,7 +120,7 @@ class Reporter:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step_{step}_process_{jax.process_index()}.json"
         report = {"step": step, "sample_ids": info.sample_ids, **values}
-        path.write_text(json.dumps(report, indent=1))
+        path.write_text(json_line(report))
         logging.warning("Step %d was not finite and was skipped; its samples: %s", step, path)
         if values["skipped_in_a_row"] >= self._experiment.max_skipped_in_a_row:
             raise TrainingError(
@@ -125,34 +131,42 @@ class Reporter:
 
 def train(experiment: Experiment) -> int:
     """Runs or resumes an experiment; returns the last step taken."""
-    check_model(experiment)
+    with contextlib.ExitStack() as stack:
+        return _train(experiment, stack)
+
+
+def _train(experiment: Experiment, stack: contextlib.ExitStack) -> int:
+    stop = stack.enter_context(StopSignal())
     mesh = make_mesh(experiment.mesh)
-    processes = jax.process_count()
+    processes, first_process = jax.process_count(), jax.process_index() == 0
     experiment.check_mesh(data_shards(mesh), processes)
     workdir = epath.Path(experiment.workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    step = latest_step(workdir)
+    experiment, notes = with_checkpoint_model(experiment, resuming=step > 0)
     config = experiment_to_dict(experiment)
-    if jax.process_index() == 0:
-        write_hf_folder(experiment)
-        (workdir / "config.json").write_text(json.dumps(config, indent=2))
-
+    tokenizer = load_tokenizer(tokenizer_folder(experiment, resuming=step > 0), experiment.model)
     loader = make_loader(
         experiment.data,
         experiment.pack,
         experiment.model,
-        load_tokenizer(tokenizer_folder(experiment), experiment.model),
+        tokenizer,
         packs_per_step=experiment.packs_per_step,
         seed=experiment.seed,
         process_index=jax.process_index(),
         process_count=processes,
         rejects_path=workdir / "rejected.jsonl",
     )
-    checkpoints = RunCheckpoints(workdir, experiment.checkpoint)
-    step = checkpoints.latest() or 0
+    stack.callback(loader.close)
+    checkpoints = stack.enter_context(RunCheckpoints(workdir, experiment.checkpoint))
     if step:
         state = checkpoints.restore(step, abstract_train_state(experiment, mesh), loader)
     else:
+        if first_process:
+            write_hf_folder(experiment)
         state = first_state(experiment, mesh)
+    if first_process:
+        (workdir / "config.json").write_text(json.dumps(config, indent=2))
+
     train_step = jax.jit(
         make_train_step(
             model_graph(experiment),
@@ -163,18 +177,21 @@ def train(experiment: Experiment) -> int:
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
     )
-    stop = StopSignal()
-    writer = MetricWriter(
-        workdir,
-        steps=experiment.steps,
-        start=step,
-        config=config,
-        wandb_project=experiment.wandb_project,
-        active=jax.process_index() == 0,
+    writer = stack.enter_context(
+        MetricWriter(
+            workdir,
+            steps=experiment.steps,
+            start=step,
+            config=config,
+            wandb_project=experiment.wandb_project,
+            active=first_process,
+        )
     )
-    # Transfers that nobody asked for are errors: each would stall the devices at every step.
     writer.say(f"{'Resuming' if step else 'Starting'} at step {step} on mesh {dict(mesh.shape)}")
-    with writer, jax.set_mesh(mesh), jax.transfer_guard("disallow"):
+    for note in notes:
+        writer.say(note)
+    # Transfers that nobody asked for are errors: each would stall the devices at every step.
+    with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
         reporter = Reporter(experiment, writer, workdir)
         while step < experiment.steps:
             batch, info = next(loader)
@@ -189,9 +206,6 @@ def train(experiment: Experiment) -> int:
                 checkpoints.save(step, state, loader, config)
             if last:
                 break
-    checkpoints.close()
-    stop.release()
-    loader.close()
     if step < experiment.steps:
         writer.say(f"Stopped by SIGTERM; step {step} is saved. Run the same command to go on.")
     return step

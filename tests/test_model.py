@@ -24,7 +24,7 @@ from ov2_jax.model.normalize import normalize_patches
 from tests.cases import GOLDEN
 
 # Sum over the Hugging Face keys of each size, p14m2, untied (docs/design.md has the arithmetic):
-# encoder 303_098_880 without merger; e.g. 8b: 36 layers of 192_946_432, 2 x 151936 x 4096 + 4096.
+# encoder 302_913_536 without merger; e.g. 8b: 36 layers of 192_946_432, 2 x 151936 x 4096 + 4096.
 PARAMETERS = {
     "2b": 2_359_827_456,
     "4b": 4_741_609_472,

@@ -42,21 +42,26 @@ def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
     return found
 
 
+def start(workdir: Path, data: Path, changes: dict, environment: dict) -> subprocess.Popen:
+    """The training program in a process of its own."""
+    sources = repr(({"path": str(data)},))
+    command = [sys.executable, "-m", "ov2_jax.train", "--config=configs/quickstart.py"]
+    command += [f"--config.workdir={workdir}", f"--config.data.sources={sources}"]
+    command += [f"--config.{name}={value}" for name, value in {**SMALL, **changes}.items()]
+    environment = {**os.environ, **environment}
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
 class TestInterrupted:
     """One straight run against one that was asked to stop, killed, and resumed twice."""
 
     STEPS = 60
 
     def start(self, workdir: Path, data: Path) -> subprocess.Popen:
-        sources = repr(({"path": str(data)},))
-        changes = {**SMALL, "steps": self.STEPS, "checkpoint.every": 20, "checkpoint.keep_last": 9}
-        command = [sys.executable, "-m", "ov2_jax.train", "--config=configs/quickstart.py"]
-        command += [f"--config.workdir={workdir}", f"--config.data.sources={sources}"]
-        command += [f"--config.{name}={value}" for name, value in changes.items()]
-        environment = {**os.environ, "XLA_FLAGS": ""}
-        return subprocess.Popen(
-            command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True
-        )
+        changes = {"steps": self.STEPS, "checkpoint.every": 20, "checkpoint.keep_last": 9}
+        return start(workdir, data, changes, {"XLA_FLAGS": ""})
 
     def wait_until(self, process: subprocess.Popen, condition) -> None:
         for _ in range(12000):
@@ -97,6 +102,33 @@ class TestInterrupted:
             assert want[name].tobytes() == got[name].tobytes(), name
 
 
+def test_two_processes_make_one_run(tmp_path, data):
+    """Four devices each, as Slurm would start them; one mesh, one checkpoint, and a resume."""
+
+    def both(steps: int) -> list[str]:
+        slurm = {
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "SLURM_JOB_ID": str(os.getpid()),  # the coordinator's port is made of it
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": "2",
+        }
+        changes = {"distributed": True, "steps": steps, "checkpoint.every": 2}
+        processes = [
+            start(tmp_path / "run", data, changes, {**slurm, "SLURM_PROCID": n, "SLURM_LOCALID": n})
+            for n in ("0", "1")
+        ]
+        errors = [process.communicate(timeout=180)[1] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], errors
+        return errors
+
+    assert "Starting at step 0 on mesh {'data': 1, 'fsdp': 8}" in both(4)[0]
+    assert "Resuming at step 4" in both(5)[0]
+    got = losses(tmp_path / "run")
+    assert list(got) == [1, 2, 3, 4, 5] and all(np.isfinite(list(got.values())))
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert line["tokens"] > 1.5 * line["utilisation/tokens"] * 4 * 128  # counted over both
+
+
 def test_a_run_moves_to_another_mesh(tmp_path, data):
     shapes = [{"mesh.data": 1, "mesh.fsdp": -1}, {"mesh.data": -1, "mesh.fsdp": 2}]
     run(tmp_path / "one", data, steps=4, **shapes[0])
@@ -125,7 +157,7 @@ def test_a_partial_checkpoint_is_refused(tmp_path, data, finished, lost):
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, data, finished):
     workdir = tmp_path / "other"
     shutil.copytree(finished, workdir)
-    with pytest.raises((CheckpointError, ConfigError), match="config"):
+    with pytest.raises(ConfigError, match="intermediate_size is 96"):
         run(workdir, data, steps=3, **{"model.text.intermediate_size": 96})
 
 
@@ -139,10 +171,32 @@ def test_a_start_from_a_run_has_its_parameters_and_a_fresh_optimizer(tmp_path, d
     assert not any("encoder" in name for name in after if name.startswith("train_state"))
 
 
-def test_a_start_from_another_model_names_the_fields(tmp_path, data, finished):
-    changes = {"init_from": str(finished), "model.text.rope_theta": 5e6}
-    with pytest.raises(ConfigError, match=r"model\.text\.rope_theta is 5000000\.0.*1000000\.0"):
+def test_a_start_from_another_size_names_the_fields(tmp_path, data, finished):
+    changes = {"init_from": str(finished), "model.text.intermediate_size": 96}
+    with pytest.raises(ConfigError, match=r"model\.text\.intermediate_size is 96, the.* 512"):
         run(tmp_path / "next", data, steps=1, **changes)
+
+
+def test_constants_are_the_checkpoints(tmp_path, data, finished, capsys):
+    """A config that has another theta does not change the model, and is told so."""
+    run(tmp_path / "same", data, steps=1, init_from=str(finished), tokenizer=None)
+    changes = {"init_from": str(finished), "tokenizer": None, "model.text.rope_theta": 5e6}
+    run(tmp_path / "next", data, steps=1, **changes)
+    assert "model.text.rope_theta is 1000000.0 as in the checkpoint, not 5000000.0." in (
+        capsys.readouterr().err
+    )
+    assert losses(tmp_path / "next") == losses(tmp_path / "same")
+
+
+def test_a_run_resumes_without_what_it_started_from(tmp_path, data, finished):
+    start = tmp_path / "start"
+    shutil.copytree(finished, start)
+    changes = {"init_from": str(start), "tokenizer": None, "optimizer.train": ("merger",)}
+    run(tmp_path / "next", data, steps=1, **changes)
+    shutil.rmtree(start)
+    assert run(tmp_path / "next", data, steps=2, **changes) == 2
+    with pytest.raises(ConfigError, match="start', which does not exist"):
+        run(tmp_path / "other", data, steps=2, **changes)
 
 
 def test_a_diverging_run_stops_and_names_its_samples(tmp_path, data):
@@ -160,7 +214,7 @@ def test_metrics_say_what_a_step_did(finished):
     line = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
     for name in ("loss", "grad_norm/encoder", "learning_rate/merger", "tokens_per_second"):
         assert np.isfinite(line[name])
-    assert 0.5 < line["utilisation/tokens"] <= 1 and 0.5 < line["utilisation/patches"] <= 1
+    assert 0.5 < line["utilisation/tokens"] <= 1 and 0.3 < line["utilisation/patches"] <= 1
     assert line["data/seen"] >= line["samples"] > 0 and line["model_flops_per_second"] > 0
     assert list((finished / "tensorboard").iterdir())
 

@@ -7,6 +7,7 @@ where it stopped.
 
 import runpy
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def main(argv: list[str]) -> None:
     picture = next(iter(sorted((out / "data/heldout/shape").iterdir())))
     console.print(
         f"Done in {(time.perf_counter() - start) / 60:.1f} minutes. Next:\n"
-        f"  python -m ov2_jax.generate --checkpoint={export} --image={picture} "
+        f"  {sys.executable} -m ov2_jax.generate --checkpoint={export} --image={picture} "
         '--prompt="What shape is it?"\n'
         f"  tensorboard --logdir={out / 'model/tensorboard'}   (pip install tensorboard)\n"
         "  docs/training.md: the same with a real checkpoint and your own data",

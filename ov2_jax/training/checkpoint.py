@@ -6,7 +6,7 @@ Nothing is ever restored in part: what does not fit raises CheckpointError.
 import json
 import signal
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import grain
 import jax
@@ -15,6 +15,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ov2_jax.checkpoint_dir import CheckpointError
+from ov2_jax.data.errors import DataError
 from ov2_jax.training.config import CheckpointConfig
 from ov2_jax.training.step import TrainState
 
@@ -22,6 +23,12 @@ ITEMS = ("params", "train_state", "loader", "config")
 
 # One chunk a layer slice, so that export can read a stack of layers slice by slice.
 _SAVE_ARGS = ocp.SaveArgs(chunk_byte_size=256 * 2**20, shard_axes=(0,))
+
+
+def latest_step(workdir: epath.Path) -> int:
+    """The newest step whose saving was finished, 0 if there is none."""
+    folder = workdir / "checkpoints"
+    return max(ocp.utils.checkpoint_steps(folder), default=0) if folder.exists() else 0
 
 
 class RunCheckpoints:
@@ -39,9 +46,6 @@ class RunCheckpoints:
             item_names=ITEMS,
         )
 
-    def latest(self) -> int | None:
-        return self._manager.latest_step()
-
     def save(
         self,
         step: int,
@@ -50,7 +54,7 @@ class RunCheckpoints:
         config: Mapping[str, Any],
     ) -> None:
         """Copies the state off the devices, then writes in the background."""
-        if step == self.latest():
+        if step == self._manager.latest_step():
             return
         rest = state._asdict()
         params = rest.pop("params")
@@ -80,6 +84,8 @@ class RunCheckpoints:
                     loader=grain.checkpoint.CheckpointRestore(loader),
                 ),
             )
+        except DataError:
+            raise
         except Exception as e:
             raise CheckpointError(
                 f"The checkpoint of step {step} in {self._folder} cannot be restored into this "
@@ -87,9 +93,11 @@ class RunCheckpoints:
             ) from e
         return TrainState(params=got.params, **got.train_state)
 
-    def close(self) -> None:
-        """Waits for what is being written."""
-        self._manager.wait_until_finished()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._manager.wait_until_finished()  # whatever ended the run, a started save is finished
         self._manager.close()
 
 
@@ -119,7 +127,13 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._asked = False
+
+    def __enter__(self) -> Self:
         self._previous = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        signal.signal(signal.SIGTERM, self._previous)
 
     def _ask(self, *_: object) -> None:
         self._asked = True
@@ -131,6 +145,3 @@ class StopSignal:
         if step % 10:
             return False
         return bool(multihost_utils.process_allgather(self._asked).any())
-
-    def release(self) -> None:
-        signal.signal(signal.SIGTERM, self._previous)

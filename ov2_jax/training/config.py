@@ -91,10 +91,8 @@ class Experiment:
                 f"wandb_project is {self.wandb_project!r} but wandb is not installed; "
                 "pip install 'ov2_jax[wandb]'."
             )
-        for name in ("init_from", "tokenizer"):
-            value = getattr(self, name)
-            if value is not None and not epath.Path(value).exists():
-                raise ConfigError(f"{name} is {value!r}, which does not exist.")
+        if self.tokenizer is not None and not epath.Path(self.tokenizer).exists():
+            raise ConfigError(f"tokenizer is {self.tokenizer!r}, which does not exist.")
 
     @property
     def packs_per_step(self) -> int:

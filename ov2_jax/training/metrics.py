@@ -1,6 +1,7 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, the progress bar, Weights & Biases."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, Self
@@ -32,6 +33,13 @@ def _keep_until(path: epath.Path, step: int) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text("".join(kept))
     part.replace(path)
+
+
+def json_line(values: Mapping[str, Any]) -> str:
+    """Strict JSON: a number that is not finite becomes null."""
+    return json.dumps(
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    )
 
 
 class MetricWriter:
@@ -98,7 +106,7 @@ class MetricWriter:
         """A step's line in metrics.jsonl, its TensorBoard scalars, and the bar."""
         if not self._active:
             return
-        self._jsonl.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._jsonl.write(json_line({"step": step, **metrics}) + "\n")
         self._jsonl.flush()
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)

@@ -18,7 +18,7 @@ Tree = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW of the recipes (docs/recipes.md); a part is the encoder, the merger or the decoder."""
+    """AdamW of the recipes (docs/training.md); a part is the encoder, the merger or the decoder."""
 
     learning_rate: float = 1e-5
     end_learning_rate: float = 1e-6

@@ -19,52 +19,96 @@ from ov2_jax.training.checkpoint import restore_params
 from ov2_jax.training.config import Experiment
 from ov2_jax.training.step import TrainState, abstract_state, init_state
 
+# What makes a model the size it is. Everything else in a ModelConfig is a constant (theta, eps,
+# tying, token ids, ...) that only its checkpoint knows.
+_SIZES = {
+    "vision": (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "patch_size",
+        "spatial_merge_size",
+    ),
+    "text": (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    ),
+}
 
-def _differences(want: Any, got: Any, where: str = "model") -> list[str]:
+
+def _base_folder(experiment: Experiment, *, resuming: bool) -> epath.Path | None:
+    """The Hugging Face files that a run goes by: its own, or the start checkpoint's."""
+    if resuming:
+        return epath.Path(experiment.workdir) / "hf"
+    if experiment.init_from is None:
+        return None
+    if not epath.Path(experiment.init_from).exists():
+        raise ConfigError(f"init_from is {experiment.init_from!r}, which does not exist.")
+    return resolve(experiment.init_from).require_hf()
+
+
+def _constants(want: Any, got: Any, where: str) -> list[str]:
     if dataclasses.is_dataclass(want):
         return [
             line
             for field in dataclasses.fields(want)
-            for line in _differences(
+            for line in _constants(
                 getattr(want, field.name), getattr(got, field.name), f"{where}.{field.name}"
             )
         ]
-    return [] if want == got else [f"{where} is {want!r}, the checkpoint's {got!r}"]
+    return [] if want == got else [f"{where} is {got!r} as in the checkpoint, not {want!r}."]
 
 
-def check_model(experiment: Experiment) -> None:
-    """The config's model must be the checkpoint's, to the last constant; raises ConfigError."""
-    if experiment.init_from is None:
-        return
-    found = load_config(resolve(experiment.init_from).require_hf())
+def with_checkpoint_model(
+    experiment: Experiment, *, resuming: bool
+) -> tuple[Experiment, list[str]]:
+    """The experiment with the model of the checkpoint that it starts or goes on from.
+
+    Sizes must be the config's, constants are always the checkpoint's; the list says which of them
+    the config had otherwise. Raises ConfigError, CheckpointError.
+    """
+    base = _base_folder(experiment, resuming=resuming)
+    if base is None:
+        return experiment, []
+    found = load_config(base)
     if not isinstance(found, ModelConfig):
         raise ConfigError(
             f"init_from {experiment.init_from!r} is a standalone encoder; make a full start "
             "checkpoint of it with `python -m conversion.merge`."
         )
-    differences = _differences(experiment.model, found)
-    if differences:
-        raise ConfigError(
-            f"init_from {experiment.init_from!r} holds another model: {'; '.join(differences)}. "
-            "Set --config.model to what its config.json says."
-        )
+    wrong = [
+        f"model.{part}.{name} is {getattr(getattr(experiment.model, part), name)}, the "
+        f"checkpoint's {getattr(getattr(found, part), name)}"
+        for part, names in _SIZES.items()
+        for name in names
+        if getattr(getattr(experiment.model, part), name) != getattr(getattr(found, part), name)
+    ]
+    if wrong:
+        raise ConfigError(f"The checkpoint of {base} is another model: {'; '.join(wrong)}.")
+    notes = _constants(experiment.model, found, "model")
+    return dataclasses.replace(experiment, model=found), notes
 
 
-def tokenizer_folder(experiment: Experiment) -> epath.Path:
-    """The tokenizer that is asked for, or the start checkpoint's."""
-    if experiment.tokenizer is not None:
+def tokenizer_folder(experiment: Experiment, *, resuming: bool) -> epath.Path:
+    """The run's own tokenizer, the one that is asked for, or the start checkpoint's."""
+    if not resuming and experiment.tokenizer is not None:
         return epath.Path(experiment.tokenizer)
-    return resolve(experiment.init_from).require_hf()
+    return _base_folder(experiment, resuming=resuming)
 
 
 def write_hf_folder(experiment: Experiment) -> None:
-    """`workdir/hf`: config.json, tokenizer and processor files, which export takes along."""
+    """At a run's start, `workdir/hf`: config.json, tokenizer and processor files, for export."""
     folder = pathlib.Path(experiment.workdir) / "hf"
-    if folder.exists():
-        return
     part = folder.with_name("hf.part")
-    if part.exists():
-        shutil.rmtree(part)
+    for old in (part, folder):  # of an earlier start that never came to a checkpoint
+        if old.exists():
+            shutil.rmtree(old)
     part.mkdir(parents=True)
     if experiment.init_from is not None:
         hf_folder.copy_side_files(resolve(experiment.init_from).require_hf(), part)

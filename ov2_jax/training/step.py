@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from ov2_jax.data.batch import Batch
+from ov2_jax.data.batch import IGNORE, Batch
 from ov2_jax.model.llava_onevision2 import LlavaOnevision2
 from ov2_jax.training.loss import loss_weights, weighted_cross_entropy
 from ov2_jax.training.optimizer import (
@@ -124,6 +124,9 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "grad_norm": norm,
+            "tokens": jnp.sum(batch.segment_ids > 0),
+            "supervised_tokens": jnp.sum(batch.targets != IGNORE),
+            "patches": sum((jnp.sum(v.segment_ids > 0) for v in batch.vision), jnp.int32(0)),
             "skipped": new.skipped,
             "skipped_in_a_row": new.skipped_in_a_row,
             **{f"grad_norm/{part}": n for part, n in norms.items()},
