@@ -5,8 +5,8 @@ recipe of the public 4B quickstart.
         --config.init_from=CHECKPOINT "--config.data.sources[0].path=sft.jsonl"
 
 CHECKPOINT comes out of `python -m conversion.from_hf`, from a released model or from what
-`python -m conversion.merge` builds. If its config.json has another constant than `model_config`,
-the run says which and the override is, for instance, --config.model.text.rope_theta=1e6.
+`python -m conversion.merge` builds. Its sizes must be those below; theta, eps and other constants
+are read from it.
 
 16 packs of one text row make a step, so 1, 2, 4, 8 or 16 devices can share it; on fewer than 16
 set --config.grad_accum to what is left of 16. Several files of samples, or media in another folder:

@@ -1,6 +1,6 @@
 """Writes the quickstart's data set as real files, as a user's own data would lie on disk.
 
-    python -m ov2_jax.quickstart.dataset --out=DIR [--seed=0 --train=10000 --heldout=240]
+    python -m ov2_jax.quickstart.dataset --out=DIR [--seed=0 --train=16000 --heldout=240]
 
 makes
 
@@ -157,7 +157,7 @@ def write_dataset(
     out: str | os.PathLike,
     *,
     seed: int = 0,
-    train: int = 10000,
+    train: int = 16000,
     heldout: int = 240,
     workers: int | None = None,
 ) -> Dataset:
@@ -216,7 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Writes the quickstart's data set.")
     parser.add_argument("--out", required=True, help="folder of the data set")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train", type=int, default=10000, help="samples to train on")
+    parser.add_argument("--train", type=int, default=16000, help="samples to train on")
     parser.add_argument("--heldout", type=int, default=240, help="samples to evaluate on")
     args = parser.parse_args()
     dataset = write_dataset(args.out, seed=args.seed, train=args.train, heldout=args.heldout)

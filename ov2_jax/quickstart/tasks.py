@@ -306,9 +306,9 @@ def make_text(rng: np.random.Generator, k: int, heldout: bool) -> Sample:
 # get more samples; the held-out split has equally many of each.
 TASKS: dict[str, tuple[Callable[[np.random.Generator, int, bool], Sample], float]] = {
     "color": (make_colour, 1.2),
-    "shape": (make_shape, 1.8),
+    "shape": (make_shape, 1.5),
     "count": (make_count, 1.3),
-    "compare": (make_compare, 1.7),
+    "compare": (make_compare, 2.2),
     "motion": (make_motion, 1.5),
     "when": (make_when, 1.4),
     "text": (make_text, 1.0),
