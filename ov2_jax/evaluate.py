@@ -6,11 +6,13 @@ Samples are those of training (LLaVA JSON or JSONL); the last assistant turn is 
 everything before it the prompt. Accuracy is reported for every value of the samples' `task` field.
 """
 
+import argparse
 import collections
 import json
+import sys
 from typing import NamedTuple
 
-from absl import app, flags, logging
+from absl import logging
 from etils import epath
 from rich.progress import track
 
@@ -23,14 +25,6 @@ from ov2_jax.data.records import RecordSource, parse_record
 from ov2_jax.generation.generator import Generator, Sampling
 from ov2_jax.generation.load import open_checkpoint
 from ov2_jax.model.config import ConfigError
-
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "As for ov2_jax.generate.")
-_DATA = flags.DEFINE_string("data", None, "JSON or JSONL of held-out samples.")
-_ROOT = flags.DEFINE_string("root", None, "Folder of the media; default: the data's own.")
-_OUT = flags.DEFINE_string("out", None, "JSONL to write every answer to.")
-_BATCH = flags.DEFINE_integer("batch_size", 32, "Prompts answered together.", lower_bound=1)
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Longest answer.", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Weights and compute.")
 
 
 class Answer(NamedTuple):
@@ -108,23 +102,41 @@ def write_answers(answers: list[Answer], path: epath.PathLike) -> None:
     part.replace(path)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m ov2_jax.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="as for ov2_jax.generate")
+    add("--data", required=True, help="JSON or JSONL of held-out samples")
+    add("--root", help="folder of the media; default: the data's own")
+    add("--out", help="JSONL to write every answer to")
+    add("--batch-size", type=int, default=32, help="prompts answered together (32)")
+    add("--max-new-tokens", type=int, default=64, help="longest answer (64)")
+    add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the computation")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
     logging.set_verbosity(logging.ERROR)  # Orbax tells its whole life at INFO
     try:
-        generator, data = open_checkpoint(_CHECKPOINT.value, dtype=_DTYPE.value)
+        if args.batch_size < 1:
+            raise ConfigError(f"--batch-size is {args.batch_size}; it must be at least 1.")
+        generator, data = open_checkpoint(args.checkpoint, dtype=args.dtype)
         answers = evaluate(
             generator,
             data,
-            SourceConfig(_DATA.value, _ROOT.value),
-            batch_size=_BATCH.value,
-            max_new_tokens=_MAX_NEW_TOKENS.value,
+            SourceConfig(args.data, args.root),
+            batch_size=args.batch_size,
+            max_new_tokens=args.max_new_tokens,
         )
     except (ConfigError, DataError, CheckpointError, ConversionError) as e:
-        raise SystemExit(f"{type(e).__name__}: {e}") from e
-    if _OUT.value is not None:
-        write_answers(answers, _OUT.value)
+        sys.exit(f"{type(e).__name__}: {e}")
+    if args.out is not None:
+        write_answers(answers, args.out)
     table = accuracy_by_task(answers)
     for task, (right, n) in table.items():
         print(f"{task:20s} {right / n:6.3f}  ({right} of {n})")
@@ -133,5 +145,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["checkpoint", "data"])
-    app.run(main)
+    main()

@@ -7,31 +7,20 @@ checkpoint or a Hugging Face folder. --image and --video can be repeated; <image
 prompt mark their places, otherwise they come first. Several --prompt are answered as one batch.
 """
 
+import argparse
 import dataclasses
+import sys
 
-from absl import app, flags, logging
+from absl import logging
 
 from conversion.errors import ConversionError
 from ov2_jax.checkpoint_dir import CheckpointError
+from ov2_jax.data.config import DataConfig
 from ov2_jax.data.encode import SampleEncoder
 from ov2_jax.data.errors import DataError, SampleError
 from ov2_jax.generation.generator import Sampling
 from ov2_jax.generation.load import open_checkpoint
 from ov2_jax.model.config import ConfigError
-
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Checkpoint or Hugging Face folder.")
-_IMAGE = flags.DEFINE_multi_string("image", [], "A picture; may be given several times.")
-_VIDEO = flags.DEFINE_multi_string("video", [], "A clip; may be given several times.")
-_PROMPT = flags.DEFINE_multi_string("prompt", None, "The question; several make a batch.")
-_SYSTEM = flags.DEFINE_string("system", None, "System prompt instead of the default one.")
-_NUM_FRAMES = flags.DEFINE_integer("num_frames", None, "Frames of every clip.", lower_bound=1)
-_TARGET_FPS = flags.DEFINE_float("target_fps", None, "Frames a second of every clip.")
-_MAX_PIXELS = flags.DEFINE_integer("max_pixels", None, "Largest area of a picture or frame.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Longest answer.", lower_bound=1)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0)
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus of the draw, at a temperature above 0.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draw.")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Weights and compute.")
 
 
 def with_marks(prompt: str, images: int, videos: int) -> str:
@@ -41,38 +30,63 @@ def with_marks(prompt: str, images: int, videos: int) -> str:
     return "<image>\n" * images + "<video>\n" * videos + prompt
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+def media_settings(data: DataConfig, args: argparse.Namespace) -> DataConfig:
+    """The checkpoint's own settings with what the command line says otherwise."""
+    if args.num_frames is not None and args.target_fps is not None:
+        raise ConfigError("--num-frames and --target-fps exclude each other.")
+    changes = {}
+    if args.num_frames is not None:
+        changes |= {"num_frames": args.num_frames, "target_fps": None}
+    if args.target_fps is not None:
+        changes |= {"target_fps": args.target_fps, "num_frames": None}
+    if args.max_pixels is not None:
+        low = min(data.min_pixels, args.max_pixels)
+        changes |= {"max_pixels": args.max_pixels, "min_pixels": low}
+        changes |= {"frame_max_pixels": None, "frame_min_pixels": None}
+    return dataclasses.replace(data, **changes)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m ov2_jax.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="checkpoint or Hugging Face folder")
+    add("--prompt", required=True, action="append", help="the question; several make a batch")
+    add("--image", default=[], action="append", help="a picture; may be given several times")
+    add("--video", default=[], action="append", help="a clip; may be given several times")
+    add("--system", help="system prompt instead of the default one")
+    add("--num-frames", type=int, help="frames of every clip")
+    add("--target-fps", type=float, help="frames a second of every clip")
+    add("--max-pixels", type=int, help="largest area of a picture or frame")
+    add("--max-new-tokens", type=int, default=256, help="longest answer (256)")
+    add("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    add("--top-p", type=float, default=1.0, help="nucleus of the draw, at a temperature above 0")
+    add("--seed", type=int, default=0, help="of the draw")
+    add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the computation")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
     logging.set_verbosity(logging.ERROR)  # Orbax tells its whole life at INFO
     try:
-        generator, data = open_checkpoint(_CHECKPOINT.value, dtype=_DTYPE.value)
-        changes = {}
-        if _NUM_FRAMES.value is not None:
-            changes |= {"num_frames": _NUM_FRAMES.value, "target_fps": None}
-        if _TARGET_FPS.value is not None:
-            changes |= {"target_fps": _TARGET_FPS.value, "num_frames": None}
-        if _MAX_PIXELS.value is not None:
-            limit = {"max_pixels": _MAX_PIXELS.value, "frame_max_pixels": None}
-            changes |= limit | {"min_pixels": min(data.min_pixels, _MAX_PIXELS.value)}
-        if _NUM_FRAMES.value is not None and _TARGET_FPS.value is not None:
-            raise ConfigError("--num_frames and --target_fps exclude each other.")
-        encoder = SampleEncoder(
-            dataclasses.replace(data, **changes), generator.config, generator.tokenizer
-        )
-        system = [] if _SYSTEM.value is None else [{"role": "system", "content": _SYSTEM.value}]
+        generator, data = open_checkpoint(args.checkpoint, dtype=args.dtype)
+        encoder = SampleEncoder(media_settings(data, args), generator.config, generator.tokenizer)
+        system = [] if args.system is None else [{"role": "system", "content": args.system}]
         prompts = []
-        for text in _PROMPT.value:
-            question = with_marks(text, len(_IMAGE.value), len(_VIDEO.value))
+        for text in args.prompt:
+            question = with_marks(text, len(args.image), len(args.video))
             messages = [*system, {"role": "user", "content": question}]
-            prompts.append(encoder.encode_prompt(messages, _IMAGE.value, _VIDEO.value))
-        sampling = Sampling(_MAX_NEW_TOKENS.value, _TEMPERATURE.value, _TOP_P.value, _SEED.value)
+            prompts.append(encoder.encode_prompt(messages, args.image, args.video))
+        sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
         for answer in generator(prompts, sampling):
             print(answer)
     except (ConfigError, DataError, SampleError, CheckpointError, ConversionError) as e:
-        raise SystemExit(f"{type(e).__name__}: {e}") from e
+        sys.exit(f"{type(e).__name__}: {e}")
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["checkpoint", "prompt"])
-    app.run(main)
+    main()

@@ -152,7 +152,7 @@ def cli(module: str, **arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", f"ov2_jax.{module}"]
     for name, value in arguments.items():
         for one in value if isinstance(value, list) else [value]:
-            command.append(f"--{name}={one}")
+            command.append(f"--{name.replace('_', '-')}={one}")
     environment = {**os.environ, "XLA_FLAGS": ""}
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
 
