@@ -228,7 +228,7 @@ def test_the_encoder_can_be_sent_to_workers(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"sources": ()}, "data.sources is"),
+        ({"sources": ("a.jsonl",)}, "data.sources is"),
         ({"min_pixels": 0}, "data.min_pixels is 0"),
         ({"min_pixels": 10, "max_pixels": 5}, "data.max_pixels is 5; it must be at least 10"),
         ({"frame_max_pixels": 100}, "data.frame_max_pixels is 100"),
@@ -249,8 +249,8 @@ def test_bad_data_configs(changes, words):
 
 
 def test_bad_source_and_pack_configs():
-    with pytest.raises(ConfigError, match="a .json or .jsonl file"):
-        SourceConfig("a.parquet")
+    with pytest.raises(ConfigError, match="source.path is .a.csv"):
+        SourceConfig("a.csv")
     for arguments, words in (
         ((0, 10), "pack.rows is 0"),
         ((1, 0), "pack.seq_len is 0"),

@@ -1,8 +1,9 @@
 """What the data road is told: where samples are, how they are read, what a pack looks like."""
 
 import dataclasses
-from pathlib import Path
+from pathlib import PurePath
 
+from ov2_jax.data.media import parent
 from ov2_jax.model.config import ConfigError, ModelConfig
 
 
@@ -15,29 +16,46 @@ def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+# What reads a file, by its suffix; a TFDS folder has none of its own.
+FORMATS = {
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".parquet": "parquet",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """One JSON or JSONL file.
+    """A data set of one format: a file, or several by a pattern (`shards/*.parquet`).
 
-    `root` is the folder that the samples' media paths are relative to (default: the file's own
-    folder); no path may lead out of it. `name` is what metrics and sample ids call the source.
+    `format` is told by the suffix unless set. `root` is the folder that the samples' media paths
+    are relative to (default: the file's own folder); no path may lead out of it. `name` is what
+    metrics and sample ids call the source. Paths may be remote (`gs://...`).
     """
 
     path: str
     root: str | None = None
     name: str | None = None
+    format: str | None = None
 
     def __post_init__(self) -> None:
-        suffix = Path(self.path).suffix
-        _check("source", "path", self.path, suffix in (".json", ".jsonl"), "a .json or .jsonl file")
+        known = tuple(FORMATS)
+        good = self.format is not None or PurePath(self.path).suffix in known
+        _check("source", "path", self.path, good, f"a {', '.join(known[:-1])} or {known[-1]} file")
+        kinds = sorted(set(FORMATS.values()))
+        _check("source", "format", self.format, self.kind in kinds, f"one of {kinds} or None")
 
     @property
-    def media_root(self) -> str:
-        return str(Path(self.path).parent) if self.root is None else self.root
+    def kind(self) -> str:
+        return self.format or FORMATS[PurePath(self.path).suffix]
+
+    def root_of(self, file: str) -> str:
+        """The folder that media paths in a file are relative to."""
+        return parent(file) if self.root is None else self.root
 
     @property
     def title(self) -> str:
-        return Path(self.path).stem if self.name is None else self.name
+        return PurePath(self.path).stem if self.name is None else self.name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ov2_jax.data import chat as chat_lib
 from ov2_jax.data import images as images_lib
 from ov2_jax.data.config import DataConfig, PackConfig
 from ov2_jax.data.errors import Rejected, SampleError
+from ov2_jax.data.media import Media
 from ov2_jax.data.packing import SampleSize, fits_alone
 from ov2_jax.data.records import RawRecord, Record, parse_record, raw_id
 from ov2_jax.data.sample import EncodedSample
@@ -26,8 +27,8 @@ from ov2_jax.model.config import ConfigError, ModelConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Picture = str | Image.Image | np.ndarray  # a path, a picture, or uint8 [H W 3]
-Video = str | Clip
+Picture = Media | Image.Image | np.ndarray  # a path or bytes, a picture, or uint8 [H W 3]
+Video = Media | Clip
 
 _SIZE_REASONS = ("too_long", "window_too_large", "too_many_patches")
 
@@ -318,7 +319,7 @@ class SampleEncoder:
             size.check(sum(sizes) // vision.merge_unit + 2 * frames, sizes)
             return height, width
 
-        if isinstance(video, str):
+        if isinstance(video, Media):
             clip = read_clip(
                 video,
                 self._sampling,
@@ -363,7 +364,7 @@ class SampleEncoder:
 
 
 def _open(picture: Picture) -> Image.Image:
-    if isinstance(picture, str):
+    if isinstance(picture, Media):
         return images_lib.load_image(picture)
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:

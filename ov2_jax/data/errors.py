@@ -5,7 +5,8 @@ from typing import NamedTuple
 # Why a sample is set aside. The vocabulary is fixed, so that counts by reason mean something.
 REASONS = (
     "bad_json",  # the line is not JSON
-    "bad_record",  # JSON, but not a sample of the documented form
+    "bad_shard",  # a file that is damaged there: Parquet, tar, ArrayRecord, ...
+    "bad_record",  # read, but not a sample of the documented form
     "unsupported_field",  # a field that would change the sample's meaning and is not read
     "unknown_role",
     "bad_turns",  # questions and answers do not alternate

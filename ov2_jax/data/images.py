@@ -5,12 +5,11 @@ Pixels stay uint8 (the model normalises them on the device). As in the Hugging F
 EXIF rotation is not applied, and transparency is laid over white.
 """
 
-from pathlib import Path
-
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ov2_jax.data.errors import SampleError
+from ov2_jax.data.media import Media, decodable, exists
 
 MAX_ASPECT = 200
 # A decoded picture of this size takes 270 MB; Pillow's own warning starts here too. A few bytes of
@@ -59,12 +58,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_image(path: str) -> Image.Image:
-    """Decodes a file to RGB. Raises SampleError missing_file or bad_image."""
-    if not Path(path).is_file():
+def load_image(path: Media) -> Image.Image:
+    """Decodes a file or embedded bytes to RGB. Raises SampleError missing_file or bad_image."""
+    if not exists(path):
         raise SampleError("missing_file", f"there is no picture {path}")
     try:
-        with Image.open(path) as image:
+        with Image.open(decodable(path)) as image:
             if image.width * image.height > MAX_SOURCE_PIXELS:
                 raise SampleError(
                     "bad_image",

@@ -1,42 +1,49 @@
-"""Samples on disk: JSON and JSONL files as random-access sources of raw records, and their parsing.
+"""The one record form: samples of all sources behind one index, and their parsing.
 
-A sample is `{id, messages: [{role, content}], images, videos}` or LLaVA's
+Readers (ov2_jax/data/readers) bring rows and layouts.py puts them into this form: a sample is
+`{id, messages: [{role, content}], images, videos}` or LLaVA's
 `{id, conversations: [{from: human|gpt|system, value}], image, video}`; `<image>` and `<video>` in a
 question mark places. Optional: `fps` (of the clips; for their seconds), `timestamp_decimal`, `task`
-(kept for evaluation). Media are a path or a list of paths, relative to the source's root.
+(kept for evaluation). Media are one or a list of: a path relative to the source's root, `{bytes,
+path}` with the file's bytes (the path is then a name only), or, in JSON, `{base64, path}`.
 """
 
+import base64
+import binascii
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ov2_jax.data.config import SourceConfig
 from ov2_jax.data.errors import DataError, SampleError
+from ov2_jax.data.layouts import to_sample
+from ov2_jax.data.media import Embedded, Media, expand, is_file
+from ov2_jax.data.readers import Reader, open_reader
 
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
 class RawRecord(NamedTuple):
-    """One sample's bytes and where they came from."""
+    """One sample as its file has it: JSON text, a row, or why it cannot be read."""
 
-    data: bytes
+    data: bytes | Mapping[str, Any] | SampleError
     file: str
-    line: int  # counted from 1
+    line: int  # or row, counted from 1
     root: str
     source: str
 
 
 class Record(NamedTuple):
-    """A parsed sample. Media are paths inside the root; nothing is opened yet."""
+    """A parsed sample. Media are paths inside the root, or bytes; nothing is decoded yet."""
 
     id: str
     messages: tuple[Mapping[str, str], ...]  # {"role": user|assistant|system, "content": text}
-    images: tuple[str, ...]
-    videos: tuple[str, ...]
+    images: tuple[Media, ...]
+    videos: tuple[Media, ...]
     source: str
     file: str
     line: int
@@ -48,97 +55,49 @@ class Record(NamedTuple):
 # --- reading --------------------------------------------------------------------------------------
 
 
-def _jsonl_index(path: Path) -> np.ndarray:
-    """int64 [n, 3]: start and end byte and line number of every line that is not blank."""
-    index, start = [], 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.isspace():
-                index.append((start, start + len(line), number))
-            start += len(line)
-    return np.array(index, np.int64).reshape(-1, 3)
+class _Part(NamedTuple):
+    """One file of a source."""
+
+    source: SourceConfig
+    file: str
+    reader: Reader
 
 
-def _json_index(path: Path) -> np.ndarray:
-    """The same for the elements of one JSON list. A broken list has no known rest: DataError."""
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}.") from error
-    decoder = json.JSONDecoder()
-    index, at, byte, line, seen = [], 0, 0, 1, 0
-
-    def skip(at: int) -> int:
-        while at < len(text) and text[at] in " \t\r\n":
-            at += 1
-        return at
-
-    def expect(at: int, marks: str) -> str:
-        if at >= len(text) or text[at] not in marks:
-            found = repr(text[at]) if at < len(text) else "the end of the file"
-            raise DataError(
-                f"{path} must hold one JSON list of samples: expected one of {marks!r} at line "
-                f"{text.count(chr(10), 0, at) + 1}, found {found}. One sample a line (.jsonl) "
-                "survives a broken sample."
-            )
-        return text[at]
-
-    at = skip(1 if text.startswith("\ufeff") else 0)
-    expect(at, "[")
-    at = skip(at + 1)
-    if expect(at, "]{") == "]":
-        return np.zeros((0, 3), np.int64)
-    while True:
-        expect(at, "{")
-        try:
-            _, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{path} is broken JSON: {error}. One sample a line (.jsonl) survives a broken "
-                "sample."
-            ) from error
-        # Characters to bytes piece by piece; the file is read by bytes later.
-        byte += len(text[seen:at].encode())
-        line += text.count("\n", seen, at)
-        size = len(text[at:end].encode())
-        index.append((byte, byte + size, line))
-        byte, line, seen = byte + size, line + text.count("\n", at, end), end
-        at = skip(end)
-        if expect(at, ",]") == "]":
-            return np.array(index, np.int64)
-        at = skip(at + 1)
+def _open(source: SourceConfig) -> list[_Part]:
+    files = expand(source.path)
+    if not files or (source.kind != "tfds" and not all(is_file(f) for f in files)):
+        raise DataError(f"The data source {source.path} does not exist or is no file.")
+    return [_Part(source, file, open_reader(source, file)) for file in files]
 
 
 class RecordSource:
     """All sources behind one index: `source[i]` is a RawRecord, `len(source)` their number.
 
-    Holds byte offsets only (24 bytes a sample), so that it is cheap to send to worker processes.
+    Nothing that goes wrong with a single record raises: it becomes the record's data.
     """
 
     def __init__(self, sources: Sequence[SourceConfig]) -> None:
-        self._sources = tuple(sources)
-        self._index = []
-        for source in self._sources:
-            path = Path(source.path)
-            if not path.is_file():
-                raise DataError(f"The data source {source.path} does not exist or is no file.")
-            self._index.append(_jsonl_index(path) if path.suffix == ".jsonl" else _json_index(path))
-        self._ends = np.cumsum([len(i) for i in self._index])
+        parts = [_open(source) for source in sources]
+        self._parts = [part for of_source in parts for part in of_source]
+        self._ends = np.cumsum([len(part.reader) for part in self._parts])
+        self.sizes = tuple(sum(len(p.reader) for p in of_source) for of_source in parts)
         if not len(self):
-            raise DataError(f"There is no sample in {', '.join(s.path for s in self._sources)}.")
+            raise DataError(f"There is no sample in {', '.join(s.path for s in sources)}.")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> RawRecord:
         which = int(np.searchsorted(self._ends, index, side="right"))
-        source, rows = self._sources[which], self._index[which]
-        start, end, line = (int(x) for x in rows[index - int(self._ends[which]) + len(rows)])
-        # Opened on every call: an open handle could be shared neither by threads nor by processes.
-        with Path(source.path).open("rb") as file:
-            file.seek(start)
-            data = file.read(end - start)
-        return RawRecord(data, source.path, line, source.media_root, source.title)
+        source, file, reader = self._parts[which]
+        row = index - int(self._ends[which]) + len(reader)
+        try:
+            data = reader.read(row)
+        except SampleError as error:
+            data = error
+        except OSError as error:
+            data = SampleError("bad_shard", f"{type(error).__name__}: {error}")
+        return RawRecord(data, file, reader.line(row), source.root_of(file), source.title)
 
 
 # --- parsing --------------------------------------------------------------------------------------
@@ -173,13 +132,18 @@ def _messages(raw: Mapping[str, Any]) -> tuple[Mapping[str, str], ...]:
 
 
 def inside_root(path: str, root: str) -> str:
-    """The path under `root`, by its text: links may lead elsewhere, `..` and absolute paths not."""
-    base, given = PurePosixPath(root), PurePosixPath(path)
+    """The path under `root`, by its text: links may lead elsewhere, `..` and absolute paths not.
+
+    Both may be remote (`gs://bucket/...`); a path with a scheme counts as absolute.
+    """
+    scheme, mark, inner = root.rpartition("://")
+    path_scheme, _, path_inner = path.rpartition("://")
+    base, given = PurePosixPath(inner), PurePosixPath(path_inner)
     parts: list[str] = []
-    if given.is_absolute():
-        if ".." in given.parts or not given.is_relative_to(base):
+    if given.is_absolute() or path_scheme:
+        if path_scheme not in ("", scheme) or ".." in given.parts or not given.is_relative_to(base):
             raise SampleError("path_outside_root", f"{path} is not under the root {root}")
-        return str(given)
+        return f"{scheme}{mark}{given}"
     for part in given.parts:
         if part != "..":
             parts.append(part)
@@ -187,15 +151,34 @@ def inside_root(path: str, root: str) -> str:
             parts.pop()
         else:
             raise SampleError("path_outside_root", f"{path} leads out of the root {root}")
-    return str(base.joinpath(*parts))
+    return f"{scheme}{mark}{base.joinpath(*parts)}"
 
 
-def _media(raw: Mapping[str, Any], many: str, one: str, root: str) -> tuple[str, ...]:
+def _medium(value: object, name: str, root: str) -> Media:
+    if isinstance(value, str) and value:
+        return inside_root(value, root)
+    if isinstance(value, Embedded):
+        return value
+    if isinstance(value, bytes):
+        return Embedded(value, name)
+    if isinstance(value, Mapping):
+        path, data = value.get("path"), value.get("bytes")
+        if isinstance(value.get("base64"), str):
+            try:
+                data = base64.b64decode(value["base64"], validate=True)
+            except (binascii.Error, ValueError) as error:
+                raise _bad(f"{name}.base64 is not base64: {error}") from error
+        if isinstance(data, bytes):
+            return Embedded(data, f"{name} ({path})" if path else name)
+        if data is None and isinstance(path, str) and path:
+            return inside_root(path, root)
+    raise _bad(f"{name} must be a path, or an object with `bytes` or a `path`")
+
+
+def _media(raw: Mapping[str, Any], many: str, one: str, root: str) -> tuple[Media, ...]:
     value = raw.get(many) if raw.get(many) is not None else raw.get(one)
-    paths = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(paths, list) or not all(isinstance(p, str) and p for p in paths):
-        raise _bad(f"`{many}` must be a path or a list of paths")
-    return tuple(inside_root(p, root) for p in paths)
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    return tuple(_medium(v, f"{many}[{i}]", root) for i, v in enumerate(values))
 
 
 def _number(value: object) -> bool:
@@ -218,23 +201,32 @@ def _id(data: Mapping[str, Any], raw: RawRecord) -> str:
     return str(data["id"]) if data.get("id") is not None else f"{raw.source}:{raw.line}"
 
 
+def _row(raw: RawRecord) -> Mapping[str, Any]:
+    """Raises SampleError."""
+    data = raw.data
+    if isinstance(data, SampleError):
+        raise data
+    if isinstance(data, bytes):
+        try:
+            data = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise SampleError("bad_json", str(error)) from error
+    if not isinstance(data, Mapping):
+        raise _bad(f"a sample must be a JSON object, not {type(data).__name__}")
+    return data
+
+
 def raw_id(raw: RawRecord) -> str:
     """The sample's own id as far as it can be read, else `source:line`."""
     try:
-        data = json.loads(raw.data)
-    except (ValueError, RecursionError):
-        data = {}
-    return _id(data if isinstance(data, dict) else {}, raw)
+        return _id(_row(raw), raw)
+    except SampleError:
+        return _id({}, raw)
 
 
 def parse_record(raw: RawRecord) -> Record:
     """Raises SampleError (bad_json, bad_record, unknown_role, unsupported_field, ...)."""
-    try:
-        data = json.loads(raw.data)
-    except (ValueError, RecursionError) as error:
-        raise SampleError("bad_json", str(error)) from error
-    if not isinstance(data, dict):
-        raise _bad(f"a sample must be a JSON object, not {type(data).__name__}")
+    data = to_sample(_row(raw))
     if data.get("patch_positions") is not None:
         raise SampleError(
             "unsupported_field",

@@ -8,7 +8,6 @@ for pictures, a rotation in the metadata is not applied.
 import time
 from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
 from typing import NamedTuple
 
 import av
@@ -17,6 +16,7 @@ from PIL import Image
 
 from ov2_jax.data.errors import SampleError
 from ov2_jax.data.images import resize
+from ov2_jax.data.media import Media, decodable, exists
 
 # A container may announce a few frames more than decode (cut at a non-key frame). More missing than
 # this share is a truncated file.
@@ -68,7 +68,7 @@ class _Clock:
     """Raises SampleError video_timeout once the time is up; asked between packets, as no signal
     reaches a worker's thread."""
 
-    def __init__(self, path: str, limit_s: float) -> None:
+    def __init__(self, path: Media, limit_s: float) -> None:
         self._path, self._limit, self._end = path, limit_s, time.monotonic() + limit_s
 
     def check(self) -> None:
@@ -80,7 +80,7 @@ class _Clock:
     def open(self) -> av.container.InputContainer:
         self.check()
         left = max(self._end - time.monotonic(), 0.001)
-        return av.open(self._path, timeout=(left, left))
+        return av.open(decodable(self._path), timeout=(left, left))
 
 
 def _count_frames(clock: _Clock) -> int:
@@ -117,7 +117,7 @@ def _decode(
 
 
 def read_clip(
-    path: str,
+    path: Media,
     sampling: Sampling,
     *,
     timeout_s: float,
@@ -131,7 +131,7 @@ def read_clip(
     much cheaper than decoding it. `fps` stands in for the container's average frame rate. Raises
     SampleError missing_file, bad_video or video_timeout.
     """
-    if not Path(path).is_file():
+    if not exists(path):
         raise SampleError("missing_file", f"there is no clip {path}")
     clock = _Clock(path, timeout_s)
     try:
@@ -144,7 +144,7 @@ def read_clip(
 
 
 def _read(
-    path: str,
+    path: Media,
     sampling: Sampling,
     clock: _Clock,
     fps: float | None,
