@@ -162,7 +162,7 @@ def test_mesh_of_a_config_takes_all_devices(tmp_path):
     "overrides, message",
     [
         (("data.sources[0].path=s.jsonl",), r"Set init_from \(a checkpoint\)"),
-        (("init_from={here}",), r"path is ''; it must be a \.json or \.jsonl file"),
+        (("init_from={here}",), r"path is ''; it must be a \.json, "),
         (("init_from={here}", "data.sources=()"), r"data\.sources is \(\)"),
         (("init_from={here}", "data.sources=({'file': 's.jsonl'},)"), "has no field file; it has"),
         (("init_from={here}", "data.sources=({'path': 5},)"), "must be of type str, but is 5"),

@@ -21,6 +21,9 @@ FORMATS = {
     ".json": "json",
     ".jsonl": "jsonl",
     ".parquet": "parquet",
+    ".tar": "tar",
+    ".array_record": "array_record",
+    ".arrayrecord": "array_record",
 }
 
 

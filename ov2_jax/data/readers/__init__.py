@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ov2_jax.data.config import SourceConfig
+from ov2_jax.data.readers.array_record import ArrayRecordReader
 from ov2_jax.data.readers.json_files import JsonReader
 from ov2_jax.data.readers.parquet import ParquetReader
+from ov2_jax.data.readers.tar import TarReader
 
 
 class Reader(Protocol):
@@ -34,4 +36,8 @@ def open_reader(source: SourceConfig, file: str) -> Reader:
             return JsonReader(file, lines=source.kind == "jsonl")
         case "parquet":
             return ParquetReader(file)
+        case "tar":
+            return TarReader(file)
+        case "array_record":
+            return ArrayRecordReader(file)
     raise ValueError(f"{source.kind} has no reader")
