@@ -9,6 +9,7 @@ folder. A converted checkpoint may be remote (gs://).
 """
 
 import dataclasses
+import pathlib
 
 import orbax.checkpoint as ocp
 from etils import epath
@@ -40,6 +41,11 @@ class CheckpointDir:
         return self.hf
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+    """Orbax takes no relative paths; remote ones (gs://...) are absolute as they are."""
+    return epath.Path(path if "://" in str(path) else pathlib.Path(path).absolute())
+
+
 def is_hf_folder(path: epath.PathLike) -> bool:
     """Whether `path` is a Hugging Face model folder: a config.json and safetensors beside it."""
     path = epath.Path(path)
@@ -67,7 +73,7 @@ def resolve(path: epath.PathLike) -> CheckpointDir:
     Raises:
       CheckpointError: there is no checkpoint, or only an unfinished one.
     """
-    path = epath.Path(path)
+    path = absolute(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist.")
     if _is_params(path / PARAMS):

@@ -18,7 +18,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from ov2_jax.checkpoint_dir import CheckpointError
+from ov2_jax.checkpoint_dir import CheckpointError, absolute
 from ov2_jax.data.batch import Batch
 from ov2_jax.data.errors import DataError
 from ov2_jax.data.loader import StepInfo, make_loader
@@ -140,7 +140,7 @@ def _train(experiment: Experiment, stack: contextlib.ExitStack) -> int:
     mesh = make_mesh(experiment.mesh)
     processes, first_process = jax.process_count(), jax.process_index() == 0
     experiment.check_mesh(data_shards(mesh), processes)
-    workdir = epath.Path(experiment.workdir)
+    workdir = absolute(experiment.workdir)
     step = latest_step(workdir)
     experiment, notes = with_checkpoint_model(experiment, resuming=step > 0)
     config = experiment_to_dict(experiment)

@@ -15,7 +15,9 @@ import orbax.checkpoint as ocp
 import pytest
 from ml_collections import ConfigDict
 
+from conversion import from_hf, to_hf
 from ov2_jax.checkpoint_dir import CheckpointError
+from ov2_jax.generation.load import open_checkpoint
 from ov2_jax.model.config import ConfigError
 from ov2_jax.train import TrainingError, train
 from ov2_jax.training.config import experiment_from
@@ -169,6 +171,19 @@ def test_a_start_from_a_run_has_its_parameters_and_a_fresh_optimizer(tmp_path, d
         if name.startswith("params") and "merger" not in name:
             assert before[name].tobytes() == after[name].tobytes(), name
     assert not any("encoder" in name for name in after if name.startswith("train_state"))
+
+
+def test_relative_paths_work_everywhere(tmp_path, data, monkeypatch):
+    """Train, start from it, export, convert back, open each: all below the current folder."""
+    monkeypatch.chdir(tmp_path)
+    run(Path("run"), data, steps=1)
+    run(Path("next"), data, steps=1, init_from="run", tokenizer=None)
+    to_hf.convert("run", "hf")
+    from_hf.convert("hf", "converted")
+    run(Path("third"), data, steps=1, init_from="converted", tokenizer=None)
+    assert losses(tmp_path / "next") == losses(tmp_path / "third")
+    for folder in ("run", "run/checkpoints/1", "hf", "converted"):
+        assert open_checkpoint(folder).data.max_pixels == 8 * 28 * 28
 
 
 def test_a_start_from_another_size_names_the_fields(tmp_path, data, finished):

@@ -9,7 +9,7 @@ from etils import epath
 from flax import nnx
 
 from conversion.load import load_hf_params
-from ov2_jax.checkpoint_dir import is_hf_folder, resolve
+from ov2_jax.checkpoint_dir import absolute, is_hf_folder, resolve
 from ov2_jax.data.config import DataConfig
 from ov2_jax.data.tokenizer import load_tokenizer
 from ov2_jax.generation.generator import Generator
@@ -61,7 +61,7 @@ def open_checkpoint(path: epath.PathLike, *, dtype: str = "float32") -> Opened:
 
     Raises ConfigError (or CheckpointError, DataError) with one sentence on what is wrong.
     """
-    folder = epath.Path(path)
+    folder = absolute(path)
     hf = folder if is_hf_folder(folder) else resolve(folder).require_hf()
     config = load_config(hf)
     if not isinstance(config, ModelConfig):
