@@ -70,6 +70,20 @@ def _counts(info: StepInfo) -> dict[str, float]:
         "data/seen": info.seen,
         "data/rejected": info.rejected,
         "data/truncated": info.truncated,
+        **_shares(info),
+    }
+
+
+def _shares(info: StepInfo) -> dict[str, float]:
+    """Realised shares of samples and tokens since the start, where there are several data sets."""
+    if len(info.mixture) < 2:
+        return {}
+    samples = max(1, sum(n for _, n, _ in info.mixture))
+    tokens = max(1, sum(t for _, _, t in info.mixture))
+    return {
+        f"mixture/{kind}/{name}": share
+        for name, n, t in info.mixture
+        for kind, share in (("samples", n / samples), ("tokens", t / tokens))
     }
 
 

@@ -1,6 +1,7 @@
 """What the data road is told: where samples are, how they are read, what a pack looks like."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import PurePath
 
 from ov2_jax.data.media import parent
@@ -29,24 +30,49 @@ FORMATS = {
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """A data set of one format: a file, or several by a pattern (`shards/*.parquet`).
+    """A data set of one format, or a group of data sets.
 
-    `format` is told by the suffix unless set. `root` is the folder that the samples' media paths
-    are relative to (default: the file's own folder); no path may lead out of it. `name` is what
-    metrics and sample ids call the source. Paths may be remote (`gs://...`).
+    A data set has a `path`: a file, or several by a pattern (`shards/*.parquet`), local or remote
+    (`gs://...`). `format` is told by the suffix unless set. `root` is the folder that the samples'
+    media paths are relative to (default: the file's own folder); no path may lead out of it. `name`
+    is what metrics and sample ids call the data set. A group has `sources` instead.
+
+    How much of it training reads, next to its siblings: `weight`, its share of what they give
+    together (then all of them have one); or `epochs`, how often in an epoch of the mixture (1; 0.5
+    is every second sample), and at most `cap` samples an epoch.
     """
 
-    path: str
+    path: str = ""
     root: str | None = None
     name: str | None = None
     format: str | None = None
+    sources: tuple["SourceConfig", ...] = ()
+    weight: float | None = None
+    epochs: float | None = None
+    cap: int | None = None
 
     def __post_init__(self) -> None:
-        known = tuple(FORMATS)
-        good = self.format is not None or PurePath(self.path).suffix in known
-        _check("source", "path", self.path, good, f"a {', '.join(known[:-1])} or {known[-1]} file")
-        kinds = sorted(set(FORMATS.values()))
-        _check("source", "format", self.format, self.kind in kinds, f"one of {kinds} or None")
+        object.__setattr__(self, "sources", tuple(self.sources))
+
+        def check(name: str, good: bool, remedy: str) -> None:
+            _check("source", name, getattr(self, name), good, remedy)
+
+        if self.sources:
+            for name in ("path", "root", "format"):
+                check(name, not getattr(self, name), "left out where `sources` makes it a group")
+            check_siblings("source", self.sources)
+        else:
+            known = tuple(FORMATS)
+            good = self.format is not None or PurePath(self.path).suffix in known
+            check("path", good, f"a {', '.join(known[:-1])} or {known[-1]} file")
+            kinds = sorted(set(FORMATS.values()))
+            check("format", self.kind in kinds, f"one of {kinds} or None")
+        for name in ("weight", "epochs"):
+            value = getattr(self, name)
+            check(name, value is None or 0 < value < float("inf"), "a positive number or None")
+        check("cap", self.cap is None or (_whole(self.cap) and self.cap > 0), "positive or None")
+        alone = self.weight is None or (self.epochs is None and self.cap is None)
+        check("weight", alone, "None where epochs or cap is set: only one of them can rule")
 
     @property
     def kind(self) -> str:
@@ -59,6 +85,22 @@ class SourceConfig:
     @property
     def title(self) -> str:
         return PurePath(self.path).stem if self.name is None else self.name
+
+
+def check_siblings(owner: str, sources: tuple[SourceConfig, ...]) -> None:
+    """Raises ConfigError unless all are SourceConfigs, and all or none have a weight."""
+    good = all(isinstance(source, SourceConfig) for source in sources)
+    _check(owner, "sources", sources, good, "a sequence of SourceConfig")
+    weights = [source.weight for source in sources]
+    if None in weights and any(w is not None for w in weights):
+        raise ConfigError(
+            f"{owner}.sources has the weights {weights}; give every one of them a weight, or none."
+        )
+
+
+def leaves(sources: Iterable[SourceConfig]) -> list[SourceConfig]:
+    """The data sets of all groups, in order."""
+    return [leaf for s in sources for leaf in (leaves(s.sources) if s.sources else [s])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +147,7 @@ class DataConfig:
         def check(name: str, good: bool, remedy: str) -> None:
             _check("data", name, getattr(self, name), good, remedy)
 
-        good = all(isinstance(source, SourceConfig) for source in self.sources)
-        check("sources", good, "a sequence of SourceConfig")
+        check_siblings("data", self.sources)
         for name in ("min_pixels", "max_pixels", "max_frames", "lookahead", "reject_check_after"):
             value = getattr(self, name)
             check(name, _whole(value) and value > 0, "a positive whole number")

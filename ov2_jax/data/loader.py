@@ -1,6 +1,6 @@
 """The host side of a training run's data: Grain reads and encodes, this packs, both can resume.
 
-    records -> shuffle, repeat -> this process's share -> encode (threads or processes) -> pack
+    records -> mixture -> this process's share -> encode (threads or processes) -> pack
 
 Bad samples travel as markers in their place, so the order of samples, and with it every batch, is
 the same for any number of workers. The state names samples by ordinal (their place in this
@@ -22,8 +22,8 @@ from ov2_jax.data.batch import Batch, VisionRows
 from ov2_jax.data.config import DataConfig, PackConfig
 from ov2_jax.data.encode import SampleEncoder
 from ov2_jax.data.errors import DataError, Rejected
+from ov2_jax.data.mixture import Mixture
 from ov2_jax.data.packing import PackInfo, SampleSize, build_pack, place_pack
-from ov2_jax.data.records import RecordSource
 from ov2_jax.data.rejects import RejectLog
 from ov2_jax.data.sample import EncodedSample
 from ov2_jax.model.config import ConfigError, ModelConfig
@@ -54,6 +54,14 @@ class StepInfo(NamedTuple):
     seen: int  # samples read
     rejected: int
     truncated: int  # samples that lost rounds (on_long="drop_rounds")
+    mixture: tuple[tuple[str, int, int], ...]  # (data set, samples, tokens) packed
+
+
+class _Given(NamedTuple):
+    """Samples and tokens that a data set gave so far."""
+
+    samples: int
+    tokens: int
 
 
 def _stack(packs: Sequence[Batch]) -> Batch:
@@ -65,7 +73,11 @@ def _stack(packs: Sequence[Batch]) -> Batch:
 
 
 def _step_info(
-    packs: Sequence[PackInfo], config: PackConfig, counts: Counter, rejected: int
+    packs: Sequence[PackInfo],
+    config: PackConfig,
+    counts: Counter,
+    rejected: int,
+    given: dict[str, _Given],
 ) -> StepInfo:
     class_patches = tuple(
         sum(p.class_patches[k] for p in packs) for k in range(len(config.vision_rows))
@@ -84,6 +96,7 @@ def _step_info(
         seen=counts["seen"],
         rejected=rejected,
         truncated=counts["truncated"],
+        mixture=tuple((name, *count) for name, count in given.items()),
     )
 
 
@@ -113,6 +126,7 @@ class _PackingIterator(grain.DatasetIterator):
         epoch: int,
         log: RejectLog,
         identity: dict[str, Any],
+        names: Sequence[str],
     ) -> None:
         super().__init__()
         self._samples, self._data, self._pack, self._model = samples, data, pack, model
@@ -122,6 +136,7 @@ class _PackingIterator(grain.DatasetIterator):
         self._buffer: list[_Waiting] = []
         self._counts: Counter = Counter()
         self._reasons: Counter = Counter()
+        self._given = dict.fromkeys(names, _Given(0, 0))
         self._rejected_in_a_row = 0
 
     def __next__(self) -> tuple[Batch, StepInfo]:
@@ -134,9 +149,16 @@ class _PackingIterator(grain.DatasetIterator):
             arrays.append(batch)
             infos.append(info)
             gone = {p.sample for p in placements}
+            for i in gone:
+                self._count(samples[i])
             self._buffer = [w for i, w in enumerate(self._buffer) if i not in gone]
         rejected = self._reasons.total()
-        return _stack(arrays), _step_info(infos, self._pack, self._counts, rejected)
+        step = _step_info(infos, self._pack, self._counts, rejected, self._given)
+        return _stack(arrays), step
+
+    def _count(self, sample: EncodedSample) -> None:
+        before = self._given[sample.source]
+        self._given[sample.source] = _Given(before.samples + 1, before.tokens + len(sample.tokens))
 
     def _fill(self) -> None:
         if self._upstream is None:
@@ -196,6 +218,7 @@ class _PackingIterator(grain.DatasetIterator):
             "buffer": [w.ordinal for w in self._buffer],
             "counts": dict(self._counts),
             "reasons": dict(self._reasons),
+            "given": {name: list(count) for name, count in self._given.items()},
             "rejected_in_a_row": self._rejected_in_a_row,
         }
 
@@ -210,6 +233,7 @@ class _PackingIterator(grain.DatasetIterator):
         self._close_upstream()
         self._next = state["next"]
         self._counts, self._reasons = Counter(state["counts"]), Counter(state["reasons"])
+        self._given = {name: _Given(*count) for name, count in state["given"].items()}
         self._rejected_in_a_row = state["rejected_in_a_row"]
         with ThreadPoolExecutor(_THREADS) as pool:
             waiting = list(pool.map(self._samples.__getitem__, state["buffer"]))
@@ -276,13 +300,11 @@ def make_loader(
         name = f"{rejects_path.stem}-{process_index:05d}{rejects_path.suffix}"
         rejects_path = rejects_path.with_name(name)
     encoder = SampleEncoder(data, model, tokenizer, pack)
-    source = RecordSource(data.sources)
-    samples = grain.MapDataset.source(source)
-    if data.shuffle:
-        samples = samples.shuffle(seed=seed)
-    samples = samples.repeat()[process_index::process_count].map(encoder)
+    mixture = Mixture(data.sources, seed=seed, shuffle=data.shuffle)
+    samples = grain.MapDataset.source(mixture)[process_index::process_count].map(encoder)
     identity = {
-        "samples": len(source),
+        "samples": mixture.epoch,
+        "samples_by_source": list(mixture.draws),
         "shuffle": data.shuffle,
         "seed": seed,
         "process_index": process_index,
@@ -294,9 +316,10 @@ def make_loader(
         pack,
         model,
         packs_per_step // process_count,
-        -(-len(source) // process_count),
+        -(-mixture.epoch // process_count),
         RejectLog(rejects_path),
         identity,
+        mixture.names,
     )
     return iter(
         grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=_STEPS_AHEAD)

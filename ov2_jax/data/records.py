@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ov2_jax.data.config import SourceConfig
+from ov2_jax.data.config import SourceConfig, leaves
 from ov2_jax.data.errors import DataError, SampleError
 from ov2_jax.data.layouts import to_sample
 from ov2_jax.data.media import Embedded, Media, expand, is_file
@@ -77,6 +77,7 @@ class RecordSource:
     """
 
     def __init__(self, sources: Sequence[SourceConfig]) -> None:
+        sources = leaves(sources)
         parts = [_open(source) for source in sources]
         self._parts = [part for of_source in parts for part in of_source]
         self._ends = np.cumsum([len(part.reader) for part in self._parts])
