@@ -1,6 +1,28 @@
-"""Codec-style video: many frames sparsely, by the bits that their parts cost the video codec."""
+"""Codec-style video: many frames sparsely, by the bits that their parts cost the video codec.
 
+select.py  which blocks, from bit costs: equal to the released tool
+energy.py  bit costs from what stock FFmpeg tells while it decodes; scores.py: other sources of them
+clip.py    a clip to patches, positions and windows; assets.py: the same from ready-made canvases
+"""
+
+from ov2_jax.data.codec.assets import read_assets
+from ov2_jax.data.codec.bad import is_bad_frame
+from ov2_jax.data.codec.clip import CodecClip, read_codec_clip, time_runs
 from ov2_jax.data.codec.config import CodecConfig
+from ov2_jax.data.codec.scores import FileScores, ScoreSource, StreamScores
 from ov2_jax.data.codec.select import Selection, TooFewFrames, select_patches
 
-__all__ = ["CodecConfig", "Selection", "TooFewFrames", "select_patches"]
+__all__ = [
+    "CodecClip",
+    "CodecConfig",
+    "FileScores",
+    "ScoreSource",
+    "Selection",
+    "StreamScores",
+    "TooFewFrames",
+    "is_bad_frame",
+    "read_assets",
+    "read_codec_clip",
+    "select_patches",
+    "time_runs",
+]
