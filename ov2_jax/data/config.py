@@ -17,7 +17,7 @@ def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-# What reads a file, by its suffix; a TFDS folder has none of its own.
+# What reads a file, by its suffix.
 FORMATS = {
     ".json": "json",
     ".jsonl": "jsonl",
@@ -33,9 +33,10 @@ class SourceConfig:
     """A data set of one format, or a group of data sets.
 
     A data set has a `path`: a file, or several by a pattern (`shards/*.parquet`), local or remote
-    (`gs://...`). `format` is told by the suffix unless set. `root` is the folder that the samples'
-    media paths are relative to (default: the file's own folder); no path may lead out of it. `name`
-    is what metrics and sample ids call the data set. A group has `sources` instead.
+    (`gs://...`). `format` is told by the suffix unless set; a folder that TensorFlow Datasets wrote
+    has none and needs format="tfds" (with its `split`, train unless set). `root` is the folder that
+    the samples' media paths are relative to (default: the file's own folder); no path may lead out
+    of it. `name` is what metrics and sample ids call the data set. A group has `sources` instead.
 
     How much of it training reads, next to its siblings: `weight`, its share of what they give
     together (then all of them have one); or `epochs`, how often in an epoch of the mixture (1; 0.5
@@ -46,6 +47,7 @@ class SourceConfig:
     root: str | None = None
     name: str | None = None
     format: str | None = None
+    split: str | None = None
     sources: tuple["SourceConfig", ...] = ()
     weight: float | None = None
     epochs: float | None = None
@@ -58,15 +60,16 @@ class SourceConfig:
             _check("source", name, getattr(self, name), good, remedy)
 
         if self.sources:
-            for name in ("path", "root", "format"):
+            for name in ("path", "root", "format", "split"):
                 check(name, not getattr(self, name), "left out where `sources` makes it a group")
             check_siblings("source", self.sources)
         else:
             known = tuple(FORMATS)
             good = self.format is not None or PurePath(self.path).suffix in known
             check("path", good, f"a {', '.join(known[:-1])} or {known[-1]} file")
-            kinds = sorted(set(FORMATS.values()))
+            kinds = sorted({*FORMATS.values(), "tfds"})
             check("format", self.kind in kinds, f"one of {kinds} or None")
+            check("split", self.split is None or self.kind == "tfds", "None unless format is tfds")
         for name in ("weight", "epochs"):
             value = getattr(self, name)
             check(name, value is None or 0 < value < float("inf"), "a positive number or None")
@@ -84,7 +87,10 @@ class SourceConfig:
 
     @property
     def title(self) -> str:
-        return PurePath(self.path).stem if self.name is None else self.name
+        if self.name is not None:
+            return self.name
+        path = PurePath(self.path)
+        return path.parent.name if self.kind == "tfds" else path.stem  # .../NAME/1.0.0
 
 
 def check_siblings(owner: str, sources: tuple[SourceConfig, ...]) -> None:

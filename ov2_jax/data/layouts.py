@@ -8,6 +8,7 @@ which text is the question would train on nonsense without a word.
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from ov2_jax.data import grounding
 from ov2_jax.data.errors import DataError, SampleError
 
 Row = Mapping[str, Any]
@@ -85,6 +86,24 @@ LAYOUTS = (
     Layout("messages", ("messages",), _FIELDS, _record_form),
     Layout("conversations", ("conversations",), (*_FIELDS, *_SECTION), _conversations),
     Layout("FineVision", ("images", "texts"), _FIELDS, _finevision),
+    Layout(
+        "Molmo2-VideoPoint",
+        ("two_fps_timestamps", "points", "label", "count", "question", "video_id"),
+        ("id", "video", "clip_start", "clip_end", "video_duration"),
+        grounding.video_points,
+    ),
+    Layout(
+        "Molmo2-VideoTrack",
+        ("points", "exp", "fps", "w", "h", "clip", "video_dataset"),
+        ("id",),
+        grounding.video_track,
+    ),
+    Layout(
+        "MolmoPoint-Track",
+        ("frame_trajectories", "expression", "task", "sampling_fps", "width", "height", "video"),
+        ("id", "video_path"),
+        grounding.frame_trajectories,
+    ),
     Layout("caption", ("image", "caption"), _FIELDS, _caption),
 )
 

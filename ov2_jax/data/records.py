@@ -42,7 +42,7 @@ class Record(NamedTuple):
 
     id: str
     messages: tuple[Mapping[str, str], ...]  # {"role": user|assistant|system, "content": text}
-    images: tuple[Media, ...]
+    images: tuple[Media | np.ndarray, ...]  # arrays: decoded by TFDS, uint8 [H W 3]
     videos: tuple[Media, ...]
     source: str
     file: str
@@ -155,10 +155,10 @@ def inside_root(path: str, root: str) -> str:
     return f"{scheme}{mark}{base.joinpath(*parts)}"
 
 
-def _medium(value: object, name: str, root: str) -> Media:
+def _medium(value: object, name: str, root: str) -> Media | np.ndarray:
     if isinstance(value, str) and value:
         return inside_root(value, root)
-    if isinstance(value, Embedded):
+    if isinstance(value, Embedded | np.ndarray):
         return value
     if isinstance(value, bytes):
         return Embedded(value, name)
@@ -176,7 +176,7 @@ def _medium(value: object, name: str, root: str) -> Media:
     raise _bad(f"{name} must be a path, or an object with `bytes` or a `path`")
 
 
-def _media(raw: Mapping[str, Any], many: str, one: str, root: str) -> tuple[Media, ...]:
+def _media(raw: Mapping[str, Any], many: str, one: str, root: str) -> tuple[Any, ...]:
     value = raw.get(many) if raw.get(many) is not None else raw.get(one)
     values = [] if value is None else value if isinstance(value, list) else [value]
     return tuple(_medium(v, f"{many}[{i}]", root) for i, v in enumerate(values))

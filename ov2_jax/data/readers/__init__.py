@@ -13,6 +13,7 @@ from ov2_jax.data.readers.array_record import ArrayRecordReader
 from ov2_jax.data.readers.json_files import JsonReader
 from ov2_jax.data.readers.parquet import ParquetReader
 from ov2_jax.data.readers.tar import TarReader
+from ov2_jax.data.readers.tfds import TfdsReader
 
 
 class Reader(Protocol):
@@ -40,4 +41,6 @@ def open_reader(source: SourceConfig, file: str) -> Reader:
             return TarReader(file)
         case "array_record":
             return ArrayRecordReader(file)
+        case "tfds":
+            return TfdsReader(file, source.split or "train")
     raise ValueError(f"{source.kind} has no reader")
