@@ -76,7 +76,9 @@ def test_finevision_form_with_a_sequence_of_pictures(tmp_path, png):
         "images": tfds.features.Sequence(tfds.features.Image(encoding_format="png")),
         "texts": _ROUND,
     }
-    rows = [{"images": [io.BytesIO(png), io.BytesIO(png)], "texts": [{"user": "Q", "assistant": "A"}]}]
+    rows = [
+        {"images": [io.BytesIO(png), io.BytesIO(png)], "texts": [{"user": "Q", "assistant": "A"}]}
+    ]
     folder = builder("finevision", features, rows, tmp_path)
     source = RecordSource([SourceConfig(folder, format="tfds", split="train[:1]")])
     assert outcomes(source) == {"finevision:1": "good"}
