@@ -133,6 +133,7 @@ def test_both_forms_of_a_sample():
         ({"messages": chat("Q", "A"), "timestamp_decimal": 1.5}, "bad_record"),
         ({"messages": chat("Q", "A"), "task": 1}, "bad_record"),
         ({"messages": chat("Q", "A"), "patch_positions": ["a.npy"]}, "unsupported_field"),
+        ({"messages": chat("Q", "A"), "positions_thw": "a.npy"}, "unsupported_field"),
         ({"messages": chat("Q", "A"), "images": ["../secret.jpg"]}, "path_outside_root"),
         ({"messages": chat("Q", "A"), "videos": ["/etc/passwd"]}, "path_outside_root"),
     ],

@@ -228,11 +228,11 @@ def raw_id(raw: RawRecord) -> str:
 def parse_record(raw: RawRecord) -> Record:
     """Raises SampleError (bad_json, bad_record, unknown_role, unsupported_field, ...)."""
     data = to_sample(_row(raw))
-    if data.get("patch_positions") is not None:
-        raise SampleError(
-            "unsupported_field",
-            "patch_positions (codec canvases) would be read as ordinary pictures",
-        )
+    for name in ("patch_positions", "positions_thw"):
+        if data.get(name) is not None:
+            raise SampleError(
+                "unsupported_field", f"{name} (codec canvases) would be read as ordinary pictures"
+            )
     videos = _media(data, "videos", "video", raw.root)
     decimals = data.get("timestamp_decimal")
     if decimals is not None and (type(decimals) is not int or decimals not in range(7)):

@@ -69,9 +69,7 @@ class Experiment:
                 "folder of a file system: mount the bucket (gcsfuse, mountpoint-s3)."
             )
         if not self.data.sources:
-            raise ConfigError(
-                "data.sources is (); name at least one JSON or JSONL file of samples."
-            )
+            raise ConfigError("data.sources is (); name at least one data set (docs/data.md).")
         if self.init_from is None and self.tokenizer is None:
             raise ConfigError("Set init_from (a checkpoint) or tokenizer (a folder), or both.")
         for name in ("steps", "global_rows", "grad_accum", "max_skipped_in_a_row"):
