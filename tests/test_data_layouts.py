@@ -106,6 +106,8 @@ def test_an_unknown_layout_is_one_clear_error(tmp_path):
     path = parquet(tmp_path / "a.parquet", [{"question": "Q", "answer": "A"}])
     with pytest.raises(DataError, match="columns question, answer, which is no known layout"):
         records(path)
+    with pytest.raises(SampleError, match="images must be a list"):
+        to_sample({"images": {"path": "a"}, "texts": [{"user": "Q", "assistant": "A"}]})
     with pytest.raises(SampleError, match="it has question, answer"):
         to_sample({"question": "Q", "answer": "A"})
 
@@ -147,7 +149,7 @@ def test_bad_media_say_why(tmp_path, image, reason):
     assert isinstance(result, Rejected) and result.reason == reason
 
 
-def test_remote_files_are_read_through_fsspec(png):
+def test_remote_files_are_read_through_fsspec(tmp_path, png):
     files = fsspec.filesystem("memory")
     rows = [{"messages": chat("<image>", "A"), "image": "pictures/a.png"}, {"messages": []}]
     files.pipe("/remote/data/a.jsonl", "\n".join(map(json.dumps, rows)).encode())
@@ -159,6 +161,9 @@ def test_remote_files_are_read_through_fsspec(png):
         raw = source[0]
         assert raw.root == "memory://remote/data" or raw.root == "memory:///remote/data"
         assert len(encode(raw).patches) > 0
+    files.pipe("/remote/data/a.mp4", clip(tmp_path / "a.mp4", 12, 6).read_bytes())
+    row = {"messages": chat("<video>", "A"), "video": "a.mp4"}
+    assert len(encode(raw._replace(data=row)).windows) == 2
     row = {"messages": chat("<image>", "A"), "image": "s3://other/a.png"}
     with pytest.raises(SampleError, match="path_outside_root"):
         parse_record(raw._replace(data=row))
@@ -200,6 +205,28 @@ def test_a_damaged_parquet_file_spoils_only_its_rows(tmp_path, png):
         (str(tmp_path / "cut.parquet"), 1),
         (str(tmp_path / "flipped.parquet"), 5),
     }
+
+
+def test_bad_text_spoils_only_its_row(tmp_path):
+    texts = pa.array([b"A", b"\xff\xfe", b"B"], pa.binary()).view(pa.string())
+    images = pa.array(["a.png"] * 3)
+    pq.write_table(pa.table({"image": images, "caption": texts}), tmp_path / "a.parquet")
+    source = RecordSource([SourceConfig(str(tmp_path / "a.parquet"))])
+    assert parse_record(source[2]).messages[1]["content"] == "B"
+    with pytest.raises(SampleError, match="bad_record: a text is not UTF-8"):
+        parse_record(source[1])
+
+
+def test_a_file_that_vanishes_is_a_bad_sample(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"id": "1", "messages": chat("Q", "A")}])
+    source = RecordSource([SourceConfig(str(path))])
+    path.unlink()
+    assert encode(source[0]).reason == "bad_shard"
+
+
+def test_a_scheme_that_cannot_be_opened_is_one_clear_error():
+    with pytest.raises(DataError, match="nowhere://x/a.jsonl cannot be opened"):
+        RecordSource([SourceConfig("nowhere://x/a.jsonl")])
 
 
 def test_formats_are_told_by_suffix_or_config(tmp_path):

@@ -69,7 +69,9 @@ def _finevision(row: Row) -> dict[str, Any]:
     if not isinstance(rounds, list) or not all(isinstance(r, Mapping) for r in rounds):
         raise SampleError("bad_record", "texts must be a list of {user, assistant}")
     messages = [turn for r in rounds for turn in _turns(r.get("user"), r.get("assistant"))]
-    images = row.get("images") or []
+    images = row["images"]
+    if not isinstance(images, list):
+        raise SampleError("bad_record", "images must be a list")
     asked = [m["content"] for m in messages[::2]]
     if asked and all(isinstance(q, str) and "<image>" not in q for q in asked):
         messages[0]["content"] = "<image>\n" * len(images) + asked[0]

@@ -64,8 +64,12 @@ class _Part(NamedTuple):
 
 
 def _open(source: SourceConfig) -> list[_Part]:
-    files = expand(source.path)
-    if not files or (source.kind != "tfds" and not all(is_file(f) for f in files)):
+    try:
+        files = expand(source.path)
+        found = source.kind == "tfds" or all(is_file(file) for file in files)
+    except (ImportError, ValueError) as error:  # fsspec: a package is missing, an unknown scheme
+        raise DataError(f"The data source {source.path} cannot be opened: {error}.") from error
+    if not files or not found:
         raise DataError(f"The data source {source.path} does not exist or is no file.")
     return [_Part(source, file, open_reader(source, file)) for file in files]
 
@@ -96,7 +100,9 @@ class RecordSource:
             data = reader.read(row)
         except SampleError as error:
             data = error
-        except OSError as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # libraries and storage raise anything; the run goes on
             data = SampleError("bad_shard", f"{type(error).__name__}: {error}")
         return RawRecord(data, file, reader.line(row), source.root_of(file), source.title)
 

@@ -57,8 +57,10 @@ class ParquetReader:
         start = int(self._ends[group - 1]) if group else 0
         if self._broken:
             raise SampleError("bad_shard", f"the file cannot be read as Parquet: {self._broken}")
-        table = self._group(group)
-        return table.slice(index - start, 1).to_pylist()[0]
+        try:
+            return self._group(group).slice(index - start, 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            raise SampleError("bad_record", f"a text is not UTF-8: {error}") from error
 
     def _group(self, group: int) -> Any:
         """The row group as a pyarrow Table."""
