@@ -13,6 +13,8 @@ import binascii
 import json
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -55,6 +57,9 @@ class Record(NamedTuple):
 # --- reading --------------------------------------------------------------------------------------
 
 
+_OPENERS = 16  # files opened at once: remote ones are mostly waited for
+
+
 class _Part(NamedTuple):
     """One file of a source."""
 
@@ -71,7 +76,9 @@ def _open(source: SourceConfig) -> list[_Part]:
         raise DataError(f"The data source {source.path} cannot be opened: {error}.") from error
     if not files or not found:
         raise DataError(f"The data source {source.path} does not exist or is no file.")
-    return [_Part(source, file, open_reader(source, file)) for file in files]
+    with ThreadPoolExecutor(_OPENERS) as pool:
+        readers = list(pool.map(partial(open_reader, source), files))
+    return [_Part(source, *pair) for pair in zip(files, readers, strict=True)]
 
 
 class RecordSource:

@@ -12,6 +12,8 @@ import tarfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ov2_jax.data.errors import DataError, SampleError
 from ov2_jax.data.media import Embedded, open_binary
 
@@ -52,7 +54,6 @@ class TarReader:
 
     def __init__(self, file: str) -> None:
         self._file = file
-        self._samples: list[_Sample] = []
         self._broken = ""
         groups: list[tuple[str, list[_Member]]] = []
         with open_binary(file) as opened:
@@ -83,9 +84,27 @@ class TarReader:
                 self._broken = str(error)
                 # Without the rest it is not known whether the last sample was whole.
                 groups = groups[:-1]
-            for key, members in groups:
-                numbers = self._numbers(opened, key, members)
-                self._samples += [_Sample(key, tuple(members), n) for n in numbers]
+            numbers = [self._numbers(opened, key, members) for key, members in groups]
+        # As arrays: millions of members as objects would not fit into every worker process.
+        members = [member for _, of_key in groups for member in of_key]
+        self._keys = [key for key, _ in groups]
+        self._ends = np.cumsum([len(of_key) for _, of_key in groups], dtype=np.int64)
+        self._parts = sorted({member.part for member in members})
+        codes = {part: code for code, part in enumerate(self._parts)}
+        self._members = np.array(
+            [(codes[m.part], m.start, m.size) for m in members], np.int64
+        ).reshape(-1, 3)
+        self._samples = np.array(
+            [(k, -1 if n is None else n) for k, of_key in enumerate(numbers) for n in of_key],
+            np.int64,
+        ).reshape(-1, 2)
+
+    def _sample(self, index: int) -> _Sample:
+        key, number = self._samples[index].tolist()
+        start = int(self._ends[key - 1]) if key else 0
+        rows = self._members[start : int(self._ends[key])].tolist()
+        members = tuple(_Member(self._parts[code], *place) for code, *place in rows)
+        return _Sample(self._keys[key], members, None if number < 0 else number)
 
     def _numbers(self, opened: Any, key: str, members: list[_Member]) -> list[int] | list[None]:
         """The numbers of the samples in a packed one; [None] for a plain or unreadable one."""
@@ -109,7 +128,7 @@ class TarReader:
     def read(self, index: int) -> Mapping[str, Any]:
         if index == len(self._samples):
             raise SampleError("bad_shard", f"the tar is damaged: {self._broken}")
-        sample = self._samples[index]
+        sample = self._sample(index)
         with open_binary(self._file) as opened:
 
             def data(member: _Member) -> bytes:
