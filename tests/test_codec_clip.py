@@ -23,6 +23,7 @@ from ov2_jax.data.codec.clip import block_order
 from ov2_jax.data.codec.energy import EnergyMeter
 from ov2_jax.data.errors import SampleError
 from ov2_jax.data.images import patch_positions, patchify
+from ov2_jax.model.config import ConfigError
 
 CONFIG = CodecConfig(num_sampled_frames=48, group_size=16, max_pixels=30_000, max_group_frames=24)
 H, W, FRAMES = 144, 192, 60
@@ -280,6 +281,11 @@ def test_short_clips_want_uniform_frames(tmp_path):
     with pytest.raises(TooFewFrames):
         read(write(tmp_path / "c.mp4", frames=7))
     assert len(read(write(tmp_path / "d.mp4", frames=9)).windows) == 1
+
+
+def test_canvases_of_odd_blocks_are_refused(clips):
+    with pytest.raises(ConfigError, match="codec.patch . codec.block_size is 15"):
+        read(clips["libx264"], CodecConfig(patch=15, block_size=1))
 
 
 def test_time_limit(clips):

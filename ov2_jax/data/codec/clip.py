@@ -2,7 +2,7 @@
 
 The threshold of the groups needs the whole clip's scores before the first block can be chosen, so
 the sampled frames wait at canvas size, in the decoder's own 4:2:0 (half of RGB's memory): 768 of
-them at 313 600 pixels take 361 MB. Only frames of which something is kept become RGB.
+them at 313 600 pixels take 345 MiB. Only frames of which something is kept become RGB.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,9 @@ from ov2_jax.data.codec.frames import canvas_size, sample_frames
 from ov2_jax.data.codec.scores import ScoreSource, StreamScores
 from ov2_jax.data.codec.select import Selection, TooFewFrames, block_scores, select_blocks
 from ov2_jax.data.errors import SampleError
+from ov2_jax.data.media import Media, exists
 from ov2_jax.data.video import _DECODER_THREADS, MAX_MISSING_SHARE, _Clock
+from ov2_jax.model.config import ConfigError
 
 # Only frames that look flat or green at a glance are converted to be judged: brightness that hardly
 # varies (limits of bad.py: 6), or both colour differences well below their middle, 128.
@@ -48,7 +50,7 @@ class _Packets(NamedTuple):
 
 
 def read_codec_clip(
-    path: str,
+    path: Media,
     config: CodecConfig,
     *,
     timeout_s: float,
@@ -61,20 +63,25 @@ def read_codec_clip(
     container's frame rate. Raises TooFewFrames where uniform frames are the way, and SampleError
     missing_file, bad_video or video_timeout.
     """
+    if config.block_pixels % 2:
+        raise ConfigError(
+            f"codec.patch * codec.block_size is {config.block_pixels}; it must be even, as "
+            "canvases wait in 4:2:0."
+        )
+    if not exists(path):
+        raise SampleError("missing_file", f"there is no clip {path}")
     clock = _Clock(path, timeout_s)
     try:
         return _read(path, config, clock, scores or StreamScores(), fps)
     except (SampleError, TooFewFrames):
         raise
-    except FileNotFoundError as error:
-        raise SampleError("missing_file", f"there is no clip {path}") from error
     except Exception as error:  # PyAV maps FFmpeg's errors onto many classes
         clock.check()  # an interrupted read looks like any other broken one
         raise SampleError("bad_video", f"{path}: {type(error).__name__}: {error}") from error
 
 
 def _read(
-    path: str,
+    path: Media,
     config: CodecConfig,
     clock: _Clock,
     scores: ScoreSource,
@@ -85,22 +92,21 @@ def _read(
     numbers = sample_frames(packets.count, packets.keyframes, config)
     if len(numbers) < config.min_group_frames:
         raise TooFewFrames(f"{path} has {len(numbers)} frames, fewer than a group's.")
-    frames, seen = _decode(clock, packets, numbers, hw, scores)
+    pictures, seen = _decode(clock, packets, numbers, hw, scores)
     if seen < (1 - MAX_MISSING_SHARE) * packets.count:
         raise SampleError(
             "bad_video", f"only {seen} of {packets.count} frames of {path} could be decoded"
         )
-    numbers = numbers[: len(frames)]  # a few announced frames at the end may be missing
-    bad = np.array([_is_bad(frame) for frame in frames], bool)
+    numbers = numbers[: len(pictures)]  # a few announced frames at the end may be missing
     costs = scores.maps(numbers.tolist())
     selection = select_blocks(
-        block_scores(costs, len(numbers), hw, config), numbers, bad, hw, config
+        block_scores(costs, len(numbers), hw, config), numbers, pictures.bad, hw, config
     )
     clock.check()
-    return _cut(selection, frames, packets.fps, config)
+    return _cut(selection, pictures, packets.fps, config)
 
 
-def _scan(path: str, clock: _Clock, fps: float | None) -> _Packets:
+def _scan(path: Media, clock: _Clock, fps: float | None) -> _Packets:
     with clock.open() as container:
         if not container.streams.video:
             raise SampleError("bad_video", f"{path} has no video stream")
@@ -124,17 +130,68 @@ def _scan(path: str, clock: _Clock, fps: float | None) -> _Packets:
     return _Packets(len(order), keyframes, bits, height, width, float(rate))
 
 
+class _Pictures:
+    """Sampled frames at canvas size, 4:2:0, in one array.
+
+    Frames that FFmpeg allocates one by one take half as much again: what decoding leaves between
+    them on the heap is never given back.
+    """
+
+    def __init__(self, count: int, hw: tuple[int, int]) -> None:
+        self._height, self._width = hw
+        self._pixels = np.empty((count, hw[0] * 3 // 2, hw[1]), np.uint8)
+        self._looks: list[tuple[int, int]] = []  # colour space and range
+        self._bad: list[bool] = []
+        self._shrink, self._to_rgb = VideoReformatter(), VideoReformatter()  # they keep tables
+
+    def __len__(self) -> int:
+        return len(self._looks)
+
+    @property
+    def bad(self) -> np.ndarray:
+        """bool [n]: frames that must not be chosen from."""
+        return np.array(self._bad, bool)
+
+    def add(self, frame: av.VideoFrame) -> None:
+        small = self._shrink.reformat(
+            frame,
+            height=self._height,
+            width=self._width,
+            format="yuv420p",
+            interpolation=Interpolation.AREA,
+        )
+        y, u, v = (
+            np.frombuffer(p, np.uint8).reshape(p.height, p.line_size)[:, : p.width]
+            for p in small.planes
+        )
+        end = 0
+        flat = self._pixels[len(self)].reshape(-1)
+        for plane in (y, u, v):
+            start, end = end, end + plane.size
+            flat[start:end].reshape(plane.shape)[:] = plane
+        self._looks.append((int(small.colorspace), int(small.color_range)))
+        y, u, v = (plane[::4, ::4] for plane in (y, u, v))
+        greenish = np.count_nonzero((u < _GREENISH) & (v < _GREENISH)) > u.size // 5
+        suspect = y.std() <= _FLAT or greenish
+        self._bad.append(bool(suspect and is_bad_frame(self.rgb(len(self) - 1))))
+
+    def rgb(self, index: int) -> np.ndarray:
+        """uint8 [H W 3]"""
+        frame = av.VideoFrame.from_ndarray(self._pixels[index], format="yuv420p")
+        frame.colorspace, frame.color_range = self._looks[index]
+        return self._to_rgb.reformat(frame, format="rgb24").to_ndarray()
+
+
 def _decode(
     clock: _Clock,
     packets: _Packets,
     numbers: np.ndarray,
     hw: tuple[int, int],
     scores: ScoreSource,
-) -> tuple[list[av.VideoFrame], int]:
-    """The sampled frames that exist at canvas size, 4:2:0, and how many frames were seen."""
-    shrink = VideoReformatter()  # one for all frames: it keeps its filter tables
+) -> tuple[_Pictures, int]:
+    """The sampled frames that exist, and how many frames were seen."""
     wanted = set(numbers.tolist())
-    frames, seen = [], 0
+    pictures, seen = _Pictures(len(numbers), hw), 0
     with clock.open() as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
@@ -146,34 +203,12 @@ def _decode(
                 take = seen in wanted
                 scores.add(seen, frame, packets.bits.get(frame.pts), take)
                 if take:
-                    frames.append(
-                        shrink.reformat(
-                            frame,
-                            height=hw[0],
-                            width=hw[1],
-                            format="yuv420p",
-                            interpolation=Interpolation.AREA,
-                        )
-                    )
+                    pictures.add(frame)
                 seen += 1
-    return frames, seen
+    return pictures, seen
 
 
-def _is_bad(frame: av.VideoFrame) -> bool:
-    y, u, v = (_thinned(plane) for plane in frame.planes)
-    greenish = np.count_nonzero((u < _GREENISH) & (v < _GREENISH)) > u.size // 5
-    return bool((y.std() <= _FLAT or greenish) and is_bad_frame(frame.to_ndarray(format="rgb24")))
-
-
-def _thinned(plane: av.video.plane.VideoPlane) -> np.ndarray:
-    """uint8: every fourth sample of every fourth row."""
-    rows = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
-    return rows[::4, : plane.width : 4]
-
-
-def _cut(
-    selection: Selection, frames: list[av.VideoFrame], fps: float, config: CodecConfig
-) -> CodecClip:
+def _cut(selection: Selection, pictures: _Pictures, fps: float, config: CodecConfig) -> CodecClip:
     """Patches of the chosen blocks, padding dropped."""
     positions = block_order(selection, config)
     kept = positions[:, 0] >= 0
@@ -184,13 +219,13 @@ def _cut(
     first = positions[:: b * b]  # the upper left patch of every block
     rows, first_column = first[:, 1] // b, first[:, 2] // b
     patches = np.empty((len(first), b * b, 3 * p * p), np.uint8)
-    to_rgb = VideoReformatter()
     index = np.searchsorted(selection.frame_ids, first[:, 0])
     order = np.argsort(index, kind="stable")
     starts = np.flatnonzero(np.diff(index[order], prepend=-1))
     for at in np.split(order, starts[1:]):
-        rgb = to_rgb.reformat(frames[index[at[0]]], format="rgb24").to_ndarray()
-        grid = rgb.reshape(-1, b, p, columns, b, p, 3)  # R b p C b p 3, R x C blocks
+        grid = pictures.rgb(index[at[0]]).reshape(
+            -1, b, p, columns, b, p, 3
+        )  # R b p C b p 3, R x C blocks
         chosen = grid[rows[at], :, :, first_column[at]]  # k b p b p 3
         patches[at] = chosen.transpose(0, 1, 3, 5, 2, 4).reshape(len(at), b * b, -1)
     return CodecClip(patches.reshape(len(positions), -1), positions, windows, fps, selection)
