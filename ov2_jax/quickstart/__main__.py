@@ -50,7 +50,7 @@ def _result_table(answers: list[Answer]) -> Table:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)
     console, out, start = Console(), Path(_OUT.value), time.perf_counter()
 
     def stage(sentence: str) -> None:
@@ -97,14 +97,12 @@ def main(argv: list[str]) -> None:
         places.add_row(name, str(path))
     console.print(places)
     picture = next(iter(sorted((out / "data/heldout/shape").iterdir())))
-    console.print(
+    print(
         f"Done in {(time.perf_counter() - start) / 60:.1f} minutes. Next:\n"
         f"  {sys.executable} -m ov2_jax.generate --checkpoint={export} --image={picture} "
         '--prompt="What shape is it?"\n'
         f"  tensorboard --logdir={out / 'model/tensorboard'}   (pip install tensorboard)\n"
-        "  docs/training.md: the same with a real checkpoint and your own data",
-        highlight=False,
-        markup=False,
+        "  docs/training.md: the same with a real checkpoint and your own data"
     )
 
 
