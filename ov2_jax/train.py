@@ -135,7 +135,7 @@ class Reporter:
         path = folder / f"step_{step}_process_{jax.process_index()}.json"
         report = {"step": step, "sample_ids": info.sample_ids, **values}
         path.write_text(json_line(report))
-        logging.warning("Step %d was not finite and was skipped; its samples: %s", step, path)
+        self._writer.say(f"Step {step} was not finite and was skipped; its samples: {path}")
         if values["skipped_in_a_row"] >= self._experiment.max_skipped_in_a_row:
             raise TrainingError(
                 f"{int(values['skipped_in_a_row'])} steps in a row had a loss or gradient that is "

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from conversion import from_hf
 from conversion.errors import ConversionError
@@ -138,10 +139,9 @@ def test_the_folder_around_the_weights(tmp_path):
 
 
 def test_the_chat_template_is_the_references_text(tmp_path):
-    transformers = pytest.importorskip("transformers")
     llm = qwen(tmp_path / "llm")
     write(make_plan(ENCODER, llm), llm, tmp_path / "out")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
     content = [{"type": "image"}, {"type": "text", "text": "What?"}]
     messages = [
         {"role": "user", "content": content},

@@ -1,5 +1,6 @@
 """Generation: the cache against whole forward passes, packing against single prompts, the CLIs."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -93,8 +94,14 @@ def test_cached_batch_equals_whole_forward_passes(model, generator, prompts):
         assert answer == want
 
 
-def test_packed_rows_from_the_packer_equal_single_prompts(model, encoder, data):
+def test_packed_rows_from_the_packer_equal_single_prompts(encoder, data):
     """The real road: files, encoder, placement, pack; every token's logits as if alone."""
+    # Logits of about 1, as the bound is for; the generating model's are ten times that.
+    config = dataclasses.replace(
+        MODEL, text=dataclasses.replace(MODEL.text, initializer_range=0.15)
+    )
+    graph = nnx.split(LlavaOnevision2(config, rngs=nnx.Rngs(0), compute=FLOAT32))[0]
+    model = nnx.merge(graph, random_params(config, 0))
     records = RecordSource([SourceConfig(str(data))])
     samples = [encoder(records[i]) for i in range(24)]
     samples = [s for s in samples if not hasattr(s, "reason")]
@@ -110,7 +117,8 @@ def test_packed_rows_from_the_packer_equal_single_prompts(model, encoder, data):
         alone, lengths = prompt_batch([sample], MODEL)
         n = lengths[0]
         got = packed[place.row, place.offset : place.offset + n]
-        np.testing.assert_allclose(got, run(alone)[0, :n], atol=2e-5)
+        np.testing.assert_allclose(got, run(alone)[0, :n], atol=2e-5, rtol=0)
+        assert np.abs(got).max() > 0.3
 
 
 def test_nucleus_and_temperature():
