@@ -123,3 +123,13 @@ def shard_rows(x: jax.Array) -> jax.Array:
     if mesh.empty or x.shape[0] % data_shards(mesh.shape):
         return x
     return jax.lax.with_sharding_constraint(x, P(BATCH_AXES))
+
+
+def gather(x: jax.Array) -> jax.Array:
+    """States that a parameter is whole on every device here.
+
+    Before a loop that uses it at every turn: the partitioner would gather it anew inside.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P())

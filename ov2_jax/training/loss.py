@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from ov2_jax.data.batch import IGNORE
 from ov2_jax.model.config import ConfigError
+from ov2_jax.sharding import gather
 
 REDUCTIONS = ("tokens", "rows")
 
@@ -42,7 +43,7 @@ def weighted_cross_entropy(
     Logits exist for `block` tokens of every row at a time, in both passes.
     """
     rows, length, width = hidden.shape
-    head = head.astype(hidden.dtype)
+    head = gather(head.astype(hidden.dtype))
     blocks = -(-length // block)
     padding = blocks * block - length
 
