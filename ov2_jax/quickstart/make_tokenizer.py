@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from conversion.hf_folder import CHAT_TEMPLATE
 from ov2_jax.quickstart import tasks
 
 FOLDER = Path(__file__).parent / "tokenizer"
@@ -45,32 +46,6 @@ CORPUS_SAMPLES = 400  # a task; few enough to be quick, many enough to see every
 # Above what the merges of the corpus need: it ends when nothing is left to merge.
 MAX_VOCABULARY = 1024
 
-# The layout of Qwen's chat: the default system prompt is always there unless the chat has its own.
-CHAT_TEMPLATE = """\
-{%- if messages[0]['role'] != 'system' -%}
-    {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
-{%- endif -%}
-{%- for message in messages -%}
-    {{- '<|im_start|>' + message['role'] + '\\n' -}}
-    {%- if message['content'] is string -%}
-        {{- message['content'] -}}
-    {%- else -%}
-        {%- for part in message['content'] -%}
-            {%- if part['type'] == 'image' -%}
-                {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
-            {%- elif part['type'] == 'video' -%}
-                {{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
-            {%- else -%}
-                {{- part['text'] -}}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-    {{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
 
 TOKENIZER_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
