@@ -308,3 +308,12 @@ def test_benchmark_measures(clips, tmp_path, capsys):
     assert result["spearman"] == pytest.approx(1)
     assert result["frames"] == result["sampled"] == FRAMES and result["ratio"] > 0
     assert json.loads(capsys.readouterr().out) == result
+
+
+def test_a_clip_reads_alike_every_time(clips):
+    """Frame threads would export vectors of frames that another thread still decodes."""
+    first = read(clips["libx264"])
+    for _ in range(20):
+        again = read(clips["libx264"])
+        np.testing.assert_array_equal(again.positions, first.positions)
+        np.testing.assert_array_equal(again.patches, first.patches)

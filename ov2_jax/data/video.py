@@ -21,7 +21,7 @@ from ov2_jax.data.media import Media, decodable, exists
 # A container may announce a few frames more than decode (cut at a non-key frame). More missing than
 # this share is a truncated file.
 MAX_MISSING_SHARE = 0.05
-_DECODER_THREADS = 2  # more would fight over cores with the other workers
+DECODER_THREADS = 2  # more would fight over cores with the other workers
 
 
 class Clip(NamedTuple):
@@ -64,7 +64,7 @@ def select_frames(available: int, wanted: int) -> list[int]:
     return np.rint(exact.astype(np.float32)).astype(np.int64).tolist()
 
 
-class _Clock:
+class Clock:
     """Raises SampleError video_timeout once the time is up; asked between packets, as no signal
     reaches a worker's thread."""
 
@@ -83,7 +83,7 @@ class _Clock:
         return av.open(decodable(self._path), timeout=(left, left))
 
 
-def _count_frames(clock: _Clock) -> int:
+def _count_frames(clock: Clock) -> int:
     """Frames by counting packets, for containers that do not say (WebM, Matroska, ...)."""
     with clock.open() as container:
         count = 0
@@ -94,7 +94,7 @@ def _count_frames(clock: _Clock) -> int:
 
 
 def _decode(
-    clock: _Clock, numbers: list[int], size: tuple[int, int]
+    clock: Clock, numbers: list[int], size: tuple[int, int]
 ) -> tuple[list[np.ndarray], int]:
     """The frames of the given ascending numbers that exist, and how many frames were seen.
 
@@ -104,7 +104,7 @@ def _decode(
     with clock.open() as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        stream.codec_context.thread_count = _DECODER_THREADS
+        stream.codec_context.thread_count = DECODER_THREADS
         for packet in container.demux(stream):
             clock.check()
             for frame in packet.decode():
@@ -133,7 +133,7 @@ def read_clip(
     """
     if not exists(path):
         raise SampleError("missing_file", f"there is no clip {path}")
-    clock = _Clock(path, timeout_s)
+    clock = Clock(path, timeout_s)
     try:
         return _read(path, sampling, clock, fps, target_size)
     except SampleError:
@@ -146,7 +146,7 @@ def read_clip(
 def _read(
     path: Media,
     sampling: Sampling,
-    clock: _Clock,
+    clock: Clock,
     fps: float | None,
     target_size: Callable[[int, int, int], tuple[int, int]],
 ) -> Clip:

@@ -19,7 +19,7 @@ from ov2_jax.data.codec.scores import ScoreSource, StreamScores
 from ov2_jax.data.codec.select import Selection, TooFewFrames, block_scores, select_blocks
 from ov2_jax.data.errors import SampleError
 from ov2_jax.data.media import Media, exists
-from ov2_jax.data.video import _DECODER_THREADS, MAX_MISSING_SHARE, _Clock
+from ov2_jax.data.video import DECODER_THREADS, MAX_MISSING_SHARE, Clock
 from ov2_jax.model.config import ConfigError
 
 # Only frames that look flat or green at a glance are converted to be judged: brightness that hardly
@@ -70,7 +70,7 @@ def read_codec_clip(
         )
     if not exists(path):
         raise SampleError("missing_file", f"there is no clip {path}")
-    clock = _Clock(path, timeout_s)
+    clock = Clock(path, timeout_s)
     try:
         return _read(path, config, clock, scores or StreamScores(), fps)
     except (SampleError, TooFewFrames):
@@ -83,7 +83,7 @@ def read_codec_clip(
 def _read(
     path: Media,
     config: CodecConfig,
-    clock: _Clock,
+    clock: Clock,
     scores: ScoreSource,
     fps: float | None,
 ) -> CodecClip:
@@ -106,7 +106,7 @@ def _read(
     return _cut(selection, pictures, packets.fps, config)
 
 
-def _scan(path: Media, clock: _Clock, fps: float | None) -> _Packets:
+def _scan(path: Media, clock: Clock, fps: float | None) -> _Packets:
     with clock.open() as container:
         if not container.streams.video:
             raise SampleError("bad_video", f"{path} has no video stream")
@@ -183,7 +183,7 @@ class _Pictures:
 
 
 def _decode(
-    clock: _Clock,
+    clock: Clock,
     packets: _Packets,
     numbers: np.ndarray,
     hw: tuple[int, int],
@@ -194,8 +194,10 @@ def _decode(
     pictures, seen = _Pictures(len(numbers), hw), 0
     with clock.open() as container:
         stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        stream.codec_context.thread_count = _DECODER_THREADS
+        # Threads by slices, not by frames: a frame thread exports the vectors of a B frame that
+        # another may still be decoding, so scores would differ from run to run.
+        stream.thread_type = "SLICE"
+        stream.codec_context.thread_count = DECODER_THREADS
         stream.codec_context.flags2 |= Flags2.export_mvs
         for packet in container.demux(stream):
             clock.check()
