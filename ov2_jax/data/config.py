@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import PurePath
 
+from ov2_jax.data.codec.config import CodecConfig
 from ov2_jax.data.media import parent
 from ov2_jax.model.config import ConfigError, ModelConfig
 
@@ -16,6 +17,10 @@ def _check(owner: str, name: str, value: object, good: bool, remedy: str) -> Non
 def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
+
+# How a data set's clips are read. "alternate": some so, some so, by a coin that is thrown once for
+# every sample, from the seed.
+VIDEO_INPUTS = ("uniform", "codec", "alternate")
 
 # What reads a file, by its suffix.
 FORMATS = {
@@ -36,7 +41,9 @@ class SourceConfig:
     (`gs://...`). `format` is told by the suffix unless set; a folder that TensorFlow Datasets wrote
     has none and needs format="tfds" (with its `split`, train unless set). `root` is the folder that
     the samples' media paths are relative to (default: the file's own folder); no path may lead out
-    of it. `name` is what metrics and sample ids call the data set. A group has `sources` instead.
+    of it. `name` is what metrics and sample ids call the data set. `video`: whether its clips are
+    read as "uniform" frames, codec-style ("codec"), or either by a seeded coin ("alternate"). A
+    group has `sources` instead.
 
     How much of it training reads, next to its siblings: `weight`, its share of what they give
     together (then all of them have one); or `epochs`, how often in an epoch of the mixture (1; 0.5
@@ -48,6 +55,7 @@ class SourceConfig:
     name: str | None = None
     format: str | None = None
     split: str | None = None
+    video: str = "uniform"
     sources: tuple["SourceConfig", ...] = ()
     weight: float | None = None
     epochs: float | None = None
@@ -70,6 +78,7 @@ class SourceConfig:
             kinds = sorted({*FORMATS.values(), "tfds"})
             check("format", self.kind in kinds, f"one of {kinds} or None")
             check("split", self.split is None or self.kind == "tfds", "None unless format is tfds")
+        check("video", self.video in VIDEO_INPUTS, f"one of {VIDEO_INPUTS}")
         for name in ("weight", "epochs"):
             value = getattr(self, name)
             check(name, value is None or 0 < value < float("inf"), "a positive number or None")
@@ -123,7 +132,10 @@ class DataConfig:
     every frame; "hf" is the Hugging Face processor's form, each frame on its own, no newline.
     `on_long`: what becomes of a sample that does not fit, see encode.py. `on_image_mismatch`:
     "prepend" deletes the marks and puts all pictures before the first question.
-    `lookahead` is the number of samples that the packer chooses from; they wait in memory.
+    `codec`: how clips of sources with video="codec" or "alternate" are read; patch and block_size
+    are the model's patch and merge size.
+    `lookahead` is the number of samples that the packer chooses from; they wait in memory. A
+    `plan`, the folder that ov2_jax.data.prepare wrote, takes its place.
     """
 
     sources: tuple[SourceConfig, ...] = ()
@@ -137,10 +149,12 @@ class DataConfig:
     frame_form: str = "training"
     timestamps: bool = True
     timestamp_decimal: int = 1
+    codec: CodecConfig = CodecConfig()
     system_prompt: str = "You are a helpful assistant."
     on_long: str = "reject"
     on_image_mismatch: str = "reject"
     shuffle: bool = True
+    plan: str | None = None
     num_workers: int = 0
     lookahead: int = 64
     decode_timeout_s: float = 60.0

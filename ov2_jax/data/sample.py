@@ -23,3 +23,17 @@ class EncodedSample(NamedTuple):
     patches: np.ndarray  # uint8 [P C*p*p]
     patch_positions: np.ndarray  # int32 [P 3]: (t, h, w)
     dropped_rounds: int = 0  # question-answer rounds left out because of on_long="drop_rounds"
+    uniform_fallbacks: int = 0  # clips too short for codec-style reading, read as uniform frames
+
+
+class SampleLength(NamedTuple):
+    """What packing needs to know of a sample, from headers alone where they tell it."""
+
+    id: str
+    source: str
+    file: str
+    line: int
+    tokens: int
+    windows: tuple[int, ...]  # patches of each window
+    dropped_rounds: int = 0
+    uniform_fallbacks: int = 0  # clips too short for codec-style reading, read as uniform frames
