@@ -5,11 +5,16 @@ Pixels stay uint8 (the model normalises them on the device). As in the Hugging F
 EXIF rotation is not applied, and transparency is laid over white.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ov2_jax.data.errors import SampleError
 from ov2_jax.data.media import Media, decodable, exists
+
+T = TypeVar("T")
 
 MAX_ASPECT = 200
 # A decoded picture of this size takes 270 MB; Pillow's own warning starts here too. A few bytes of
@@ -60,6 +65,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def load_image(path: Media) -> Image.Image:
     """Decodes a file or embedded bytes to RGB. Raises SampleError missing_file or bad_image."""
+
+    def load(image: Image.Image) -> Image.Image:
+        image.load()
+        return to_rgb(image)
+
+    return _with_picture(path, load)
+
+
+def image_size(path: Media) -> tuple[int, int]:
+    """(H, W) from the file's header alone. Raises SampleError missing_file or bad_image."""
+    return _with_picture(path, lambda image: (image.height, image.width))
+
+
+def _with_picture(path: Media, use: Callable[[Image.Image], T]) -> T:
     if not exists(path):
         raise SampleError("missing_file", f"there is no picture {path}")
     try:
@@ -70,8 +89,7 @@ def load_image(path: Media) -> Image.Image:
                     f"{path} has {image.width}x{image.height} pixels; at most "
                     f"{MAX_SOURCE_PIXELS} are decoded",
                 )
-            image.load()
-            return to_rgb(image)
+            return use(image)
     except SampleError:
         raise
     except UnidentifiedImageError as error:

@@ -6,9 +6,9 @@ for pictures, a rotation in the metadata is not applied.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import av
 import numpy as np
@@ -22,6 +22,9 @@ from ov2_jax.data.media import Media, decodable, exists
 # this share is a truncated file.
 MAX_MISSING_SHARE = 0.05
 DECODER_THREADS = 2  # more would fight over cores with the other workers
+
+
+T = TypeVar("T")
 
 
 class Clip(NamedTuple):
@@ -94,7 +97,7 @@ def _count_frames(clock: Clock) -> int:
 
 
 def _decode(
-    clock: Clock, numbers: list[int], size: tuple[int, int]
+    clock: Clock, numbers: Sequence[int], size: tuple[int, int]
 ) -> tuple[list[np.ndarray], int]:
     """The frames of the given ascending numbers that exist, and how many frames were seen.
 
@@ -131,11 +134,36 @@ def read_clip(
     much cheaper than decoding it. `fps` stands in for the container's average frame rate. Raises
     SampleError missing_file, bad_video or video_timeout.
     """
+    return _guarded(path, timeout_s, lambda clock: _read(path, sampling, clock, fps, target_size))
+
+
+class ClipHeader(NamedTuple):
+    """What a container says of a clip; nothing was decoded for it."""
+
+    available: int  # frames
+    height: int
+    width: int
+    fps: float
+    numbers: tuple[int, ...]  # the frames to take
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        return tuple(n / self.fps for n in self.numbers)
+
+
+def read_header(
+    path: Media, sampling: Sampling, *, timeout_s: float, fps: float | None = None
+) -> ClipHeader:
+    """Which uniform frames `read_clip` takes, if all frames decode. Raises what it raises."""
+    return _guarded(path, timeout_s, lambda clock: _header(path, sampling, clock, fps))
+
+
+def _guarded(path: Media, timeout_s: float, read: Callable[[Clock], T]) -> T:
     if not exists(path):
         raise SampleError("missing_file", f"there is no clip {path}")
     clock = Clock(path, timeout_s)
     try:
-        return _read(path, sampling, clock, fps, target_size)
+        return read(clock)
     except SampleError:
         raise
     except Exception as error:  # PyAV maps FFmpeg's errors onto many classes
@@ -143,13 +171,7 @@ def read_clip(
         raise SampleError("bad_video", f"{path}: {type(error).__name__}: {error}") from error
 
 
-def _read(
-    path: Media,
-    sampling: Sampling,
-    clock: Clock,
-    fps: float | None,
-    target_size: Callable[[int, int, int], tuple[int, int]],
-) -> Clip:
+def _header(path: Media, sampling: Sampling, clock: Clock, fps: float | None) -> ClipHeader:
     with clock.open() as container:
         if not container.streams.video:
             raise SampleError("bad_video", f"{path} has no video stream")
@@ -162,19 +184,31 @@ def _read(
     if not available:
         raise SampleError("bad_video", f"{path} has no frames")
 
-    def choose(available: int) -> list[int]:
-        return select_frames(available, sampling.count(available / float(rate)))
+    numbers = _choose(sampling, available, float(rate))
+    return ClipHeader(available, height, width, float(rate), numbers)
 
-    numbers = choose(available)
-    size = target_size(len(numbers), height, width)
-    frames, seen = _decode(clock, numbers, size)
-    if len(frames) < len(numbers):
-        if not seen or seen < (1 - MAX_MISSING_SHARE) * available:
+
+def _choose(sampling: Sampling, available: int, fps: float) -> tuple[int, ...]:
+    return tuple(select_frames(available, sampling.count(available / fps)))
+
+
+def _read(
+    path: Media,
+    sampling: Sampling,
+    clock: Clock,
+    fps: float | None,
+    target_size: Callable[[int, int, int], tuple[int, int]],
+) -> Clip:
+    header = _header(path, sampling, clock, fps)
+    size = target_size(len(header.numbers), header.height, header.width)
+    frames, seen = _decode(clock, header.numbers, size)
+    if len(frames) < len(header.numbers):
+        if not seen or seen < (1 - MAX_MISSING_SHARE) * header.available:
             raise SampleError(
-                "bad_video", f"only {seen} of {available} frames of {path} could be decoded"
+                "bad_video", f"only {seen} of {header.available} frames of {path} could be decoded"
             )
-        numbers = choose(seen)
-        frames, _ = _decode(clock, numbers, size)
-        if len(frames) < len(numbers):
+        header = header._replace(numbers=_choose(sampling, seen, header.fps))
+        frames, _ = _decode(clock, header.numbers, size)
+        if len(frames) < len(header.numbers):
             raise SampleError("bad_video", f"{path} decodes differently every time")
-    return Clip(tuple(frames), tuple(numbers), tuple(n / float(rate) for n in numbers))
+    return Clip(tuple(frames), header.numbers, header.seconds)
