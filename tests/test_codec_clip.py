@@ -14,8 +14,9 @@ from ov2_jax.data.codec import (
     CodecConfig,
     FileScores,
     TooFewFrames,
-    read_assets,
     read_codec_clip,
+    read_pictures,
+    read_positions,
     select_patches,
     time_runs,
 )
@@ -117,7 +118,7 @@ def test_patches_are_the_frames_pixels(clips, codec):
 def test_given_bit_costs_give_the_released_selection(clips, tmp_path):
     bits = np.random.default_rng(1).integers(0, 300, (FRAMES, 9, 13))
     np.savez(tmp_path / "bits.npz", bit_cost=bits)
-    clip = read(clips["libx264"], scores=FileScores(tmp_path / "bits.npz"))
+    clip = read(clips["libx264"], scores=FileScores(str(tmp_path / "bits.npz")))
     expected = select_patches(
         bits, [0, 30], num_frames=FRAMES, fps=25, orig_hw=(H, W), config=CONFIG
     )
@@ -125,7 +126,7 @@ def test_given_bit_costs_give_the_released_selection(clips, tmp_path):
     np.testing.assert_array_equal(clip.positions, block_order(expected, CONFIG))
     with pytest.raises(SampleError, match="bad_video.*48 frames"):
         np.savez(tmp_path / "short.npz", bit_cost=bits[:48])
-        read(clips["libx264"], scores=FileScores(tmp_path / "short.npz"))
+        read(clips["libx264"], scores=FileScores(str(tmp_path / "short.npz")))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_given_bit_costs_give_the_released_selection(clips, tmp_path):
 def test_other_npz_files_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "bits.npz", **arrays)
     with pytest.raises(ValueError, match=message):
-        FileScores(tmp_path / "bits.npz")
+        FileScores(str(tmp_path / "bits.npz"))
 
 
 def test_bad_frames_of_a_clip_are_left_out(tmp_path):
@@ -184,7 +185,7 @@ def test_energy_is_small_where_motion_explains_the_change(tmp_path):
 def test_runs_of_equal_time_cross_canvases():
     t = [5, 5, 5, 7, 7, 5, 9]
     positions = np.repeat([[i, 0, 0] for i in t], 4, 0)
-    frames, tokens = time_runs(positions, CONFIG)
+    frames, tokens = time_runs(positions, 2)
     assert frames.tolist() == [5, 7, 5, 9] and tokens.tolist() == [3, 2, 1, 1]
 
 
@@ -208,41 +209,67 @@ def assets(tmp_path):
     return names, str(tmp_path / "src_patch_position.npy"), pictures
 
 
+def read_assets(names, positions, together=4):
+    found = read_positions(positions, len(names), patch=14, merge=2, together=together)
+    return found, read_pictures(names, found, patch=14, merge=2)
+
+
 def test_assets_are_read_in_block_order_without_padding(assets):
     names, where, pictures = assets
-    clip = read_assets(names, where, CONFIG, fps=30)
-    assert clip.windows.tolist() == [4 * 24, 3 * 24]
-    np.testing.assert_array_equal(clip.patches[24:48], patchify(pictures[1], 14, 2))
-    np.testing.assert_array_equal(clip.positions[24:48], patch_positions(3, 4, 6, 2))
-    assert time_runs(clip.positions, CONFIG)[0].tolist() == [0, 3, 6, 9, 12, 15, 18]
+    found, patches = read_assets(names, [where])
+    assert found.windows.tolist() == [4 * 24, 3 * 24] and found.hw == (56, 84)
+    np.testing.assert_array_equal(patches[24:48], patchify(pictures[1], 14, 2))
+    np.testing.assert_array_equal(found.positions[24:48], patch_positions(3, 4, 6, 2))
+    assert time_runs(found.positions, 2)[0].tolist() == [0, 3, 6, 9, 12, 15, 18]
+    assert read_assets(names, [where], together=3)[0].windows.tolist() == [72, 72, 24]
+
+
+def test_frames_have_positions_each_and_are_resized(assets, tmp_path):
+    names, where, pictures = assets
+    paths = []
+    for i, part in enumerate(np.split(np.load(where), 8)[:7]):
+        np.save(tmp_path / f"{i}.npy", part)
+        paths.append(str(tmp_path / f"{i}.npy"))
+    found, patches = read_assets(names[:7], paths)
+    Image.fromarray(pictures[2]).resize((168, 112)).save(names[2])
+    larger = read_assets(names[:7], paths)[1]
+    assert larger.shape == patches.shape
+    changed = (larger != patches).any(1).reshape(7, 24).any(1)
+    assert changed.tolist() == [i == 2 for i in range(7)]
 
 
 def test_damaged_assets_are_set_aside(assets, tmp_path):
     names, where, _ = assets
     good = np.load(where)
+    index = np.arange(len(good))[:, None]
+    mixed = np.where((index == 2) & (np.arange(3) == 0), 6, good)
     cases = {
-        "are not whole groups": (names[:7], good),
-        "positions for 8 canvases": (names, good[:-1]),
+        "positions for 7 pictures": (names[:7], good),
+        "positions for 8 pictures": (names, good[:-1]),
         "whole numbers": (names, good.astype(float)),
-        "padding in part": (names, np.where(np.arange(len(good))[:, None] == 3, -1, good)),
-        "anchor is padding": (names, np.where(np.arange(len(good))[:, None] < 24, -1, good)),
+        "shape": (names, good[:, :2]),
+        "whole blocks": (names, np.where(np.arange(3) == 1, good // 4, good)),
+        "several frames": (names, mixed),
+        "padding in part": (names, np.where(index < 2, -1, good)),
+        "first picture is padding": (names, np.where(index < 24, -1, good)),
     }
     for message, (canvases, positions) in cases.items():
         np.save(tmp_path / "p.npy", positions)
         with pytest.raises(SampleError, match=f"bad_record.*{message}"):
-            read_assets(canvases, str(tmp_path / "p.npy"), CONFIG, fps=30)
+            read_assets(canvases, [str(tmp_path / "p.npy")])
     (tmp_path / "p.npy").write_bytes(b"nothing")
     with pytest.raises(SampleError, match="bad_record.*no .npy file"):
-        read_assets(names, str(tmp_path / "p.npy"), CONFIG, fps=30)
+        read_assets(names, [str(tmp_path / "p.npy")])
     with pytest.raises(SampleError, match="missing_file"):
-        read_assets(names, str(tmp_path / "other.npy"), CONFIG, fps=30)
+        read_assets(names, [str(tmp_path / "other.npy")])
     with pytest.raises(SampleError, match="missing_file"):
-        read_assets([*names[:7], "nowhere.png"], where, CONFIG, fps=30)
-    Image.new("RGB", (84, 60)).save(names[0])
-    with pytest.raises(SampleError, match="bad_record.*one size"):
-        read_assets(names, where, CONFIG, fps=30)
-    with pytest.raises(SampleError, match="bad_record.*fps"):
-        read_assets(names, where, CONFIG, fps=0)
+        read_assets(["nowhere.png", *names[1:]], [where])
+    canvas = np.where((index >= 24 + 12) & (index < 48) & (np.arange(3) == 0), 4, good)
+    np.save(tmp_path / "p.npy", canvas)  # a canvas of two frames' blocks
+    read_assets(names, [str(tmp_path / "p.npy")])
+    Image.new("RGB", (168, 112)).save(names[0])
+    with pytest.raises(SampleError, match="bad_record.*168x112"):
+        read_assets(names, [str(tmp_path / "p.npy")])
 
 
 # --- bad clips ------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def rejected_cases():
     return {
         "json": ("{", "bad_json", "Expecting"),
         "record": ({"messages": 1}, "bad_record", "messages"),
-        "codec": ({"messages": good, "patch_positions": [1]}, "unsupported_field", "canvases"),
+        "codec": ({"messages": good, "positions_thw": [1]}, "unsupported_field", "patch_positions"),
         "role": ({"messages": [{"role": "x", "content": ""}]}, "unknown_role", "'x'"),
         "turns": ({"messages": good[::-1]}, "bad_turns", "alternate"),
         "answer": ({"messages": chat("Q", "")}, "empty_answer", "no text"),

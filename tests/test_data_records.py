@@ -31,8 +31,8 @@ def test_jsonl_is_read_by_line_in_any_order(tmp_path):
     assert [source[i].line for i in (4, 0, 3, 1, 2)] == [1, 1, 6, 3, 5]
     assert json.loads(source[2].data) == {"id": "last", "x": "中文"}
     assert json.loads(source[3].data)["id"] == "no newline"
-    assert source[0][1:] == (str(first), 1, str(tmp_path), "a")
-    assert source[4][1:] == (str(second), 1, "/r", "named")
+    assert source[0][1:] == (str(first), 1, str(tmp_path), "a", "uniform")
+    assert source[4][1:] == (str(second), 1, "/r", "named", "uniform")
     with pytest.raises(SampleError, match="bad_json"):
         parse_record(source[1])
 
@@ -132,7 +132,8 @@ def test_both_forms_of_a_sample():
         ({"messages": chat("Q", "A"), "fps": [1, 2], "videos": ["v"]}, "bad_record"),
         ({"messages": chat("Q", "A"), "timestamp_decimal": 1.5}, "bad_record"),
         ({"messages": chat("Q", "A"), "task": 1}, "bad_record"),
-        ({"messages": chat("Q", "A"), "patch_positions": ["a.npy"]}, "unsupported_field"),
+        ({"messages": chat("Q", "A"), "positions_thw": [[0, 0, 0]]}, "unsupported_field"),
+        ({"messages": chat("Q", "A"), "patch_positions": ["a.npy"]}, "bad_record"),
         ({"messages": chat("Q", "A"), "positions_thw": "a.npy"}, "unsupported_field"),
         ({"messages": chat("Q", "A"), "images": ["../secret.jpg"]}, "path_outside_root"),
         ({"messages": chat("Q", "A"), "videos": ["/etc/passwd"]}, "path_outside_root"),

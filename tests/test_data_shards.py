@@ -102,7 +102,7 @@ def packed(count: int, **fields):
 
 def test_energon_packed_samples_come_out_one_by_one(tmp_path, jpg):
     npy = io.BytesIO()
-    np.save(npy, np.zeros((4, 3), np.int64))
+    np.save(npy, np.array([[9, 0, 0], [9, 0, 1], [9, 1, 0], [9, 1, 1]]))
     old = {"images": ["a.jpg"], "prompts": ["<image>?"], "captions": ["A"]}
     members = {
         "ps_00000000.img1_0.jpg": jpg,
@@ -118,7 +118,7 @@ def test_energon_packed_samples_come_out_one_by_one(tmp_path, jpg):
     source = source_of(tar(tmp_path / "pretrain-000000.tar", members))
     assert outcomes(source) == [
         *("ps_00000000/0", "ps_00000000/1", "ps_00000000/2"),
-        *("ps_00000001/0", "unsupported_field"),
+        *("ps_00000001/0", "ps_00000001/1"),
         "ps_00000002/0",
         *("ps_00000003/0", "missing_file"),
         "bad_record",
@@ -126,7 +126,8 @@ def test_energon_packed_samples_come_out_one_by_one(tmp_path, jpg):
     record = parse_record(source[1])
     assert list(record.messages) == chat("<image>One?", "1", "Two?", "2")
     assert record.timestamp_decimal == 2 and record.images[0].data == jpg
-    assert source[4].data["patch_positions"][0].data == npy.getvalue()
+    canvases = parse_record(source[4]).videos[0]
+    assert canvases.images[0].data == jpg and canvases.positions[0].data == npy.getvalue()
 
 
 def test_damaged_tars_keep_the_samples_before_the_damage(tmp_path, jpg):

@@ -24,6 +24,7 @@ from ov2_jax.data.tokenizer import (
 )
 
 MARK = re.compile("<(image|video)>")
+_MARK_AND_NEWLINE = re.compile("<(image|video)>(\n?)")
 IMAGE_TEXT = VISION_START + IMAGE_PAD + VISION_END
 
 
@@ -111,8 +112,16 @@ def frame_text(seconds: float | None, decimals: int, *, newline: bool) -> str:
 
 
 def replace_marks(text: str, replacement: Callable[[str], str]) -> str:
-    """Replaces each mark, in order; `replacement` gets "image" or "video"."""
-    return MARK.sub(lambda match: replacement(match.group(1)), text)
+    """Replaces each mark, in order; `replacement` gets "image" or "video".
+
+    A newline behind a mark is the one that its last frame ends with, as in the reference.
+    """
+
+    def place(match: re.Match[str]) -> str:
+        placed = replacement(match.group(1))
+        return placed if placed.endswith("\n") else placed + match.group(2)
+
+    return _MARK_AND_NEWLINE.sub(place, text)
 
 
 def pad_repeats(ids: np.ndarray, counts: Sequence[int], pad_id: int) -> np.ndarray:

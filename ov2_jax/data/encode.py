@@ -4,102 +4,58 @@ A sample that does not fit (more tokens than a text row, a window larger than ev
 windows than a pack's vision rows hold) is rejected with a sentence that names the remedy. With
 on_long="drop_rounds" its last question-answer rounds are left out, with their pictures, until the
 rest fits, and `dropped_rounds` says how many.
+
+A sample's exact length is known without decoding its pictures (`measure`), see vision.py.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePath
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from ov2_jax.data import chat as chat_lib
-from ov2_jax.data import images as images_lib
 from ov2_jax.data.config import DataConfig, PackConfig
 from ov2_jax.data.errors import Rejected, SampleError
 from ov2_jax.data.media import Media
-from ov2_jax.data.packing import SampleSize, fits_alone
 from ov2_jax.data.records import RawRecord, Record, parse_record, raw_id
-from ov2_jax.data.sample import EncodedSample
+from ov2_jax.data.sample import EncodedSample, SampleLength
 from ov2_jax.data.tokenizer import check_tokenizer, token_ids
-from ov2_jax.data.video import Clip, Sampling, read_clip
+from ov2_jax.data.vision import (
+    SIZE_REASONS,
+    MediaQueue,
+    MediaRequest,
+    Medium,
+    Picture,
+    Pixels,
+    SampleBudget,
+    Video,
+    VisionReader,
+)
 from ov2_jax.model.config import ConfigError, ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Picture = Media | Image.Image | np.ndarray  # a path or bytes, a picture, or uint8 [H W 3]
-Video = Media | Clip
-
-_SIZE_REASONS = ("too_long", "window_too_large", "too_many_patches")
+T = TypeVar("T")
 
 
-class _Medium(NamedTuple):
-    """A picture or clip: the text that stands for it and its patches."""
+class _Layout(NamedTuple):
+    """A sample but for its pixels."""
 
-    text: str
-    counts: list[int]  # tokens of each of the text's placeholders
+    tokens: np.ndarray
+    mask: np.ndarray
     windows: list[int]
-    patches: list[np.ndarray]
-    positions: list[np.ndarray]
-
-
-class _Media(NamedTuple):
-    """Media in the order of their marks, and how clips are written."""
-
-    images: Iterator[Picture]
-    videos: Iterator[tuple[Video, float | None]]  # with the fps that the sample states
-    decimals: int
-    frame_form: str
-
-
-class _Size:
-    """Tokens and windows so far, and whether they can still be packed."""
-
-    def __init__(self, pack: PackConfig | None) -> None:
-        self._pack = pack
-        self.tokens = 0
-        self.windows: list[int] = []
-
-    def check(self, tokens: int, windows: Sequence[int]) -> None:
-        """Raises SampleError if so many more tokens and windows make the sample too large."""
-        pack = self._pack
-        if pack is None:
-            return
-        tokens += self.tokens
-        if tokens > pack.seq_len:
-            raise SampleError(
-                "too_long",
-                f"the sample has at least {tokens} tokens but a text row {pack.seq_len}; raise "
-                "pack.seq_len, lower max_pixels or the number of frames, or set "
-                "data.on_long='drop_rounds'",
-            )
-        widest = pack.vision_rows[-1][1] if pack.vision_rows else 0
-        if windows and max(windows) > widest:
-            raise SampleError(
-                "window_too_large",
-                f"a window has {max(windows)} patches but the largest vision row {widest}; add a "
-                f"class of rows of at least {max(windows)} patches to pack.vision_rows, or lower "
-                "max_pixels or frame_max_pixels",
-            )
-        windows = (*self.windows, *windows)
-        if not fits_alone(SampleSize(tokens, windows), pack):
-            raise SampleError(
-                "too_many_patches",
-                f"{sum(windows)} patches in {len(windows)} windows do not fit into the "
-                f"vision rows of one pack; add rows to pack.vision_rows, or lower max_pixels or "
-                "the number of frames",
-            )
-
-    def add(self, tokens: int, windows: Sequence[int]) -> None:
-        self.check(tokens, windows)
-        self.tokens += tokens
-        self.windows.extend(windows)
+    mediums: list[Medium]
+    dropped: int
 
 
 class SampleEncoder:
     """Callable on a RawRecord. Holds no state, so threads and worker processes can share it.
 
-    Without a PackConfig nothing is too large.
+    Without a PackConfig nothing is too large. `seed` throws the coin of sources with
+    video="alternate".
     """
 
     def __init__(
@@ -108,6 +64,8 @@ class SampleEncoder:
         model: ModelConfig,
         tokenizer: "PreTrainedTokenizerFast",
         pack: PackConfig | None = None,
+        *,
+        seed: int = 0,
     ) -> None:
         if model.vision.num_channels != 3:
             raise ConfigError(
@@ -118,11 +76,22 @@ class SampleEncoder:
         if pack is not None:
             pack.check(model)
         self._data, self._model, self._tokenizer, self._pack = data, model, tokenizer, pack
-        self._sampling = Sampling(data.num_frames, data.target_fps, data.max_frames)
+        self._vision, self._seed = VisionReader(data, model, pack), seed
 
     def __call__(self, raw: RawRecord) -> EncodedSample | Rejected:
+        return self._guarded(raw, self.encode)
+
+    def measure(self, raw: RawRecord) -> SampleLength | Rejected:
+        """The exact length of what a call gives.
+
+        Pictures and uniform frames are not decoded, so one that breaks in the middle is not
+        noticed. Clips that are read codec-style are decoded: their length is their content's.
+        """
+        return self._guarded(raw, self._measure)
+
+    def _guarded(self, raw: RawRecord, use: Callable[[Record], T]) -> T | Rejected:
         try:
-            return self.encode(parse_record(raw))
+            return use(parse_record(raw))
         except SampleError as error:
             reason, detail = error.reason, error.detail
         except MemoryError:
@@ -131,17 +100,22 @@ class SampleEncoder:
             reason, detail = "internal_error", f"{type(error).__name__}: {error}"
         return Rejected(reason, detail, raw_id(raw), raw.file, raw.line)
 
+    def _measure(self, record: Record) -> SampleLength:
+        layout = self._layout(record.messages, self._request(record, headers_only=True))
+        return SampleLength(
+            id=record.id,
+            source=record.source,
+            file=record.file,
+            line=record.line,
+            tokens=len(layout.tokens),
+            windows=tuple(layout.windows),
+            dropped_rounds=layout.dropped,
+            uniform_fallbacks=sum(medium.fallback for medium in layout.mediums),
+        )
+
     def encode(self, record: Record) -> EncodedSample:
         """A whole training sample. Raises SampleError."""
-        sample = self._encode(
-            record.messages,
-            record.images,
-            record.videos,
-            prompt=False,
-            frame_form=self._data.frame_form,
-            fps=record.fps,
-            timestamp_decimal=record.timestamp_decimal,
-        )
+        sample = self._load(self._layout(record.messages, self._request(record)))
         return sample._replace(
             id=record.id,
             source=record.source,
@@ -160,42 +134,68 @@ class SampleEncoder:
         whole_text: bool = False,
         fps: Sequence[float] = (),
         timestamp_decimal: int | None = None,
+        video_input: str = "uniform",
+        bit_costs: Sequence[Media] = (),
     ) -> EncodedSample:
         """Everything up to the assistant's header, for messages that end with a question.
 
         By default exactly the tokens that training would have seen. `frame_form="hf"` and
         `whole_text=True` (one string tokenised at once) give what the Hugging Face processor does.
-        `fps`: none, one for all clips, or one a clip. Raises SampleError.
+        `fps`: none, one for all clips, or one a clip. `video_input`: "uniform" or "codec"; then
+        `bit_costs` may name a file of bit costs for each clip. Raises SampleError.
         """
-        return self._encode(
-            messages,
+        request = MediaRequest(
             images,
             videos,
-            prompt=True,
-            frame_form=frame_form or self._data.frame_form,
-            whole_text=whole_text,
-            fps=fps,
-            timestamp_decimal=timestamp_decimal,
+            frame_form or self._data.frame_form,
+            fps,
+            timestamp_decimal,
+            video_input,
+            bit_costs,
+        )
+        return self._load(self._layout(messages, request, prompt=True, whole_text=whole_text))
+
+    def video_input(self, record: Record) -> str:
+        """How a sample's clips are read: "uniform" or "codec", whatever way the coin falls."""
+        if record.video_input != "alternate":
+            return record.video_input
+        # By the file's name, not its path: moving a data set must not change what a run reads.
+        name = f"{self._seed}/{record.source}/{PurePath(record.file).name}/{record.line}"
+        coin = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=1).digest()[0]
+        return "codec" if coin & 1 else "uniform"
+
+    def _request(self, record: Record, *, headers_only: bool = False) -> MediaRequest:
+        return MediaRequest(
+            record.images,
+            record.videos,
+            self._data.frame_form,
+            record.fps,
+            record.timestamp_decimal,
+            self.video_input(record),
+            record.bit_costs,
+            headers_only,
         )
 
-    def _encode(
+    def _layout(
         self,
         messages: Sequence[Mapping[str, str]],
-        images: Sequence[Picture],
-        videos: Sequence[Video],
+        request: MediaRequest,
         *,
-        prompt: bool,
-        frame_form: str,
+        prompt: bool = False,
         whole_text: bool = False,
-        fps: Sequence[float],
-        timestamp_decimal: int | None,
-    ) -> EncodedSample:
-        messages = self._match_marks(messages, len(images), len(videos))
+    ) -> _Layout:
+        videos, fps, decimals = request.videos, request.fps, request.timestamp_decimal
+        messages = self._match_marks(messages, len(request.images), len(videos))
         chat = chat_lib.parse_chat(messages, self._data.system_prompt, prompt=prompt)
         rates = list(fps) * len(videos) if len(fps) == 1 else list(fps) or [None] * len(videos)
-        decimals = self._data.timestamp_decimal if timestamp_decimal is None else timestamp_decimal
-        media = _Media(iter(images), iter(zip(videos, rates, strict=True)), decimals, frame_form)
-        size = _Size(self._pack)
+        costs = list(request.bit_costs) or [None] * len(videos)
+        media = MediaQueue(
+            iter(request.images),
+            iter(zip(videos, rates, costs, strict=True)),
+            self._data.timestamp_decimal if decimals is None else decimals,
+            request,
+        )
+        size = SampleBudget(self._pack)
         ids, masks, used, dropped = [], [], [], 0
         rounds = []
         for number, round_ in enumerate(chat.rounds):
@@ -206,7 +206,7 @@ class SampleEncoder:
                 size.add(len(round_ids), [w for medium in mediums for w in medium.windows])
             except SampleError as error:
                 droppable = number and not prompt and self._data.on_long == "drop_rounds"
-                if error.reason not in _SIZE_REASONS or not droppable:
+                if error.reason not in SIZE_REASONS or not droppable:
                     raise
                 dropped = len(chat.rounds) - number
                 break
@@ -219,20 +219,28 @@ class SampleEncoder:
             tokens, mask = self._tokenize([chat_lib.Piece(text, False)], used)
         else:
             tokens, mask = np.concatenate(ids), np.concatenate(masks)
-        nothing = [np.zeros((0, self._model.vision.patch_dim), np.uint8)]
-        nowhere = [np.zeros((0, 3), np.int32)]
+        return _Layout(tokens, mask, size.windows, used, dropped)
+
+    def _load(self, layout: _Layout) -> EncodedSample:
+        pixels = [
+            Pixels(
+                np.zeros((0, self._model.vision.patch_dim), np.uint8), np.zeros((0, 3), np.int32)
+            ),
+            *(medium.load() for medium in layout.mediums),
+        ]
         return EncodedSample(
             id="",
             source="",
             file="",
             line=0,
             task="",
-            tokens=tokens,
-            loss_mask=mask,
-            windows=np.array(size.windows, np.int32),
-            patches=np.concatenate(nothing + [p for m in used for p in m.patches]),
-            patch_positions=np.concatenate(nowhere + [p for m in used for p in m.positions]),
-            dropped_rounds=dropped,
+            tokens=layout.tokens,
+            loss_mask=layout.mask,
+            windows=np.array(layout.windows, np.int32),
+            patches=np.concatenate([p.patches for p in pixels]),
+            patch_positions=np.concatenate([p.positions for p in pixels]),
+            dropped_rounds=layout.dropped,
+            uniform_fallbacks=sum(medium.fallback for medium in layout.mediums),
         )
 
     def _match_marks(
@@ -258,23 +266,22 @@ class SampleEncoder:
         return messages
 
     def _place_media(
-        self, round_: chat_lib.Round, media: _Media, size: _Size
-    ) -> tuple[chat_lib.Round, list[_Medium]]:
+        self, round_: chat_lib.Round, media: MediaQueue, size: SampleBudget
+    ) -> tuple[chat_lib.Round, list[Medium]]:
         """The round with its media's text in place of the marks, and the media in order."""
-        used: list[_Medium] = []
+        used: list[Medium] = []
 
         def replacement(kind: str) -> str:
             if kind == "image":
-                used.append(self._image(next(media.images)))
+                used.append(self._vision.image(next(media.images), media))
             else:
-                video, fps = next(media.videos)
-                used.append(self._video(video, fps, media, size))
+                used.append(self._vision.video(*next(media.videos), media, size))
             return used[-1].text
 
         return round_._replace(question=chat_lib.replace_marks(round_.question, replacement)), used
 
     def _tokenize(
-        self, pieces: Sequence[chat_lib.Piece], mediums: Sequence[_Medium]
+        self, pieces: Sequence[chat_lib.Piece], mediums: Sequence[Medium]
     ) -> tuple[np.ndarray, np.ndarray]:
         """int32 ids [n] with expanded placeholders and the bool loss mask [n]."""
         ids = [token_ids(self._tokenizer, piece.text) for piece in pieces]
@@ -284,92 +291,3 @@ class SampleEncoder:
         counts = [n for medium in mediums for n in medium.counts]
         repeats = chat_lib.pad_repeats(tokens, counts, self._model.image_token_id)
         return np.repeat(tokens, repeats), np.repeat(mask, repeats)
-
-    # --- media ------------------------------------------------------------------------------------
-
-    def _image(self, picture: Picture) -> _Medium:
-        vision = self._model.vision
-        image = _open(picture)
-        height, width = self._target(
-            image.height, image.width, self._data.min_pixels, self._data.max_pixels
-        )
-        h, w = height // vision.patch_size, width // vision.patch_size
-        pixels = images_lib.resize(image, height, width)
-        return _Medium(
-            text=chat_lib.IMAGE_TEXT,
-            counts=[h * w // vision.merge_unit],
-            windows=[h * w],
-            patches=[images_lib.patchify(pixels, vision.patch_size, vision.spatial_merge_size)],
-            positions=[images_lib.patch_positions(0, h, w, vision.spatial_merge_size)],
-        )
-
-    def _video(self, video: Video, fps: float | None, media: _Media, size: _Size) -> _Medium:
-        vision = self._model.vision
-        patch, merge = vision.patch_size, vision.spatial_merge_size
-        together = vision.frame_windows_size if media.frame_form == "training" else 1
-
-        def windows(frames: int, height: int, width: int) -> list[int]:
-            area = height * width // patch**2
-            return [min(together, frames - i) * area for i in range(0, frames, together)]
-
-        def target_size(frames: int, height: int, width: int) -> tuple[int, int]:
-            height, width = self._target(height, width, *self._data.frame_pixels)
-            sizes = windows(frames, height, width)
-            # Two tokens a frame beside the placeholders are certain, timestamps come on top.
-            size.check(sum(sizes) // vision.merge_unit + 2 * frames, sizes)
-            return height, width
-
-        if isinstance(video, Media):
-            clip = read_clip(
-                video,
-                self._sampling,
-                timeout_s=self._data.decode_timeout_s,
-                target_size=target_size,
-                fps=fps,
-            )
-            frames = clip.frames
-        else:
-            clip, opened = video, [_open(frame) for frame in video.frames]
-            if not opened or not len(opened) == len(clip.frame_numbers) == len(clip.seconds):
-                raise SampleError("bad_video", "a clip needs frames, each with its number and time")
-            to = target_size(len(opened), opened[0].height, opened[0].width)
-            frames = [images_lib.resize(frame, *to) for frame in opened]
-        height, width = frames[0].shape[:2]
-        h, w = height // patch, width // patch
-        text = [
-            chat_lib.frame_text(
-                seconds if self._data.timestamps else None,
-                media.decimals,
-                newline=media.frame_form == "training",
-            )
-            for seconds in clip.seconds
-        ]
-        return _Medium(
-            text="".join(text),
-            counts=[h * w // vision.merge_unit] * len(frames),
-            windows=windows(len(frames), height, width),
-            patches=[images_lib.patchify(frame, patch, merge) for frame in frames],
-            positions=[images_lib.patch_positions(t, h, w, merge) for t in clip.frame_numbers],
-        )
-
-    def _target(self, height: int, width: int, low: int, high: int) -> tuple[int, int]:
-        vision = self._model.vision
-        return images_lib.smart_resize(
-            height,
-            width,
-            factor=vision.patch_size * vision.spatial_merge_size,
-            min_pixels=low,
-            max_pixels=high,
-        )
-
-
-def _open(picture: Picture) -> Image.Image:
-    if isinstance(picture, Media):
-        return images_lib.load_image(picture)
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-            raise SampleError(
-                "bad_image", f"an array must be uint8 [H W 3], not {picture.dtype} {picture.shape}"
-            )
-        return Image.fromarray(picture)
-    return images_lib.to_rgb(picture)

@@ -16,7 +16,17 @@ Row = Mapping[str, Any]
 # Fields of the record form, which every layout passes on.
 _MEDIA = ("image", "images", "video", "videos")
 _SECTION = ("start", "end")
-_FIELDS = ("id", *_MEDIA, "fps", "timestamp_decimal", "task", "patch_positions", "positions_thw")
+_FIELDS = (
+    "id",
+    *_MEDIA,
+    "fps",
+    "timestamp_decimal",
+    "task",
+    "patch_positions",
+    "positions_thw",
+    "bit_cost",
+    "bit_costs",
+)
 
 
 class Layout(NamedTuple):

@@ -12,6 +12,7 @@ import base64
 import binascii
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -37,6 +38,14 @@ class RawRecord(NamedTuple):
     line: int  # or row, counted from 1
     root: str
     source: str
+    video_input: str = "uniform"  # of VIDEO_INPUTS
+
+
+class Canvases(NamedTuple):
+    """A clip that was made into pictures beforehand, with the files of its patches' positions."""
+
+    images: tuple[Media, ...]
+    positions: tuple[Media, ...]  # one for all pictures, or one a picture
 
 
 class Record(NamedTuple):
@@ -45,11 +54,13 @@ class Record(NamedTuple):
     id: str
     messages: tuple[Mapping[str, str], ...]  # {"role": user|assistant|system, "content": text}
     images: tuple[Media | np.ndarray, ...]  # arrays: decoded by TFDS, uint8 [H W 3]
-    videos: tuple[Media, ...]
+    videos: tuple[Media | Canvases, ...]
     source: str
     file: str
     line: int
+    video_input: str = "uniform"  # of VIDEO_INPUTS
     fps: tuple[float, ...] = ()  # none, one for all clips, or one a clip
+    bit_costs: tuple[Media, ...] = ()  # none, or one a clip: .npz files, see codec/scores.py
     timestamp_decimal: int | None = None
     task: str = ""
 
@@ -111,7 +122,9 @@ class RecordSource:
             raise
         except Exception as error:  # libraries and storage raise anything; the run goes on
             data = SampleError("bad_shard", f"{type(error).__name__}: {error}")
-        return RawRecord(data, file, reader.line(row), source.root_of(file), source.title)
+        return RawRecord(
+            data, file, reader.line(row), source.root_of(file), source.title, source.video
+        )
 
 
 # --- parsing --------------------------------------------------------------------------------------
@@ -238,30 +251,66 @@ def raw_id(raw: RawRecord) -> str:
         return _id({}, raw)
 
 
+# Canvases stand in the place of their marks, which must follow one another.
+_IMAGE_MARKS = re.compile(r"<image>(?:\s*<image>)*")
+
+
+def _canvases(
+    messages: tuple[Mapping[str, str], ...], images: tuple[Media, ...], positions: tuple[Media, ...]
+) -> tuple[tuple[Mapping[str, str], ...], Canvases]:
+    """All pictures of a sample as one clip, and its messages with one <video> for their marks."""
+    if len(positions) not in (1, len(images)):
+        raise _bad(
+            f"patch_positions has {len(positions)} files for {len(images)} pictures; give one, or "
+            "one a picture"
+        )
+    runs = [run for m in messages for run in _IMAGE_MARKS.findall(m["content"])]
+    if [run.count("<image>") for run in runs] != [len(images)]:
+        raise SampleError(
+            "placeholder_mismatch",
+            f"the pictures of patch_positions are one clip: {len(images)} <image> marks must "
+            "follow one another",
+        )
+    messages = tuple({**m, "content": _IMAGE_MARKS.sub("<video>", m["content"])} for m in messages)
+    return messages, Canvases(images, positions)
+
+
 def parse_record(raw: RawRecord) -> Record:
     """Raises SampleError (bad_json, bad_record, unknown_role, unsupported_field, ...)."""
     data = to_sample(_row(raw))
-    for name in ("patch_positions", "positions_thw"):
-        if data.get(name) is not None:
-            raise SampleError(
-                "unsupported_field", f"{name} (codec canvases) would be read as ordinary pictures"
-            )
-    videos = _media(data, "videos", "video", raw.root)
+    if data.get("positions_thw") is not None:
+        raise SampleError(
+            "unsupported_field", "positions_thw is not read; write .npy files and patch_positions"
+        )
+    messages = _messages(data)
+    images = _media(data, "images", "image", raw.root)
+    videos: tuple[Any, ...] = _media(data, "videos", "video", raw.root)
     decimals = data.get("timestamp_decimal")
     if decimals is not None and (type(decimals) is not int or decimals not in range(7)):
         raise _bad(f"timestamp_decimal is {decimals!r}; it must be 0 to 6")
     task = data.get("task")
     if task is not None and not isinstance(task, str):
         raise _bad(f"task is {task!r}; it must be text")
+    positions = _media(data, "patch_positions", "patch_positions", raw.root)
+    if positions:
+        if videos or not images:
+            raise _bad("patch_positions are those of `images`, and no clips can stand beside them")
+        messages, canvases = _canvases(messages, images, positions)
+        images, videos = (), (canvases,)
+    costs = _media(data, "bit_costs", "bit_cost", raw.root)
+    if len(costs) not in (0, len(videos)):
+        raise _bad(f"bit_costs has {len(costs)} files for {len(videos)} clips")
     return Record(
         id=_id(data, raw),
-        messages=_messages(data),
-        images=_media(data, "images", "image", raw.root),
+        messages=messages,
+        images=images,
         videos=videos,
         source=raw.source,
         file=raw.file,
         line=raw.line,
+        video_input=raw.video_input,
         fps=_fps(data, len(videos)),
+        bit_costs=costs,
         timestamp_decimal=decimals,
         task=task or "",
     )

@@ -5,7 +5,7 @@ energy.py  bit costs from what stock FFmpeg tells while it decodes; scores.py: o
 clip.py    a clip to patches, positions and windows; assets.py: the same from ready-made canvases
 """
 
-from ov2_jax.data.codec.assets import read_assets
+from ov2_jax.data.codec.assets import Assets, read_pictures, read_positions
 from ov2_jax.data.codec.bad import is_bad_frame
 from ov2_jax.data.codec.clip import CodecClip, read_codec_clip, time_runs
 from ov2_jax.data.codec.config import CodecConfig
@@ -13,6 +13,7 @@ from ov2_jax.data.codec.scores import FileScores, ScoreSource, StreamScores
 from ov2_jax.data.codec.select import Selection, TooFewFrames, select_patches
 
 __all__ = [
+    "Assets",
     "CodecClip",
     "CodecConfig",
     "FileScores",
@@ -21,8 +22,9 @@ __all__ = [
     "StreamScores",
     "TooFewFrames",
     "is_bad_frame",
-    "read_assets",
     "read_codec_clip",
+    "read_pictures",
+    "read_positions",
     "select_patches",
     "time_runs",
 ]

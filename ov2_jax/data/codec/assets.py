@@ -1,76 +1,93 @@
-"""Canvases that the released tool made beforehand: pictures and src_patch_position.npy."""
+"""Canvases or frames that were made beforehand: pictures, and .npy files of patch positions."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from ov2_jax.data.codec.clip import CodecClip
-from ov2_jax.data.codec.config import CodecConfig
 from ov2_jax.data.errors import SampleError
-from ov2_jax.data.images import load_image, patchify
+from ov2_jax.data.images import load_image, patchify, resize
+from ov2_jax.data.media import Media, decodable
 
 
-def read_assets(
-    canvases: Sequence[str], positions: str, config: CodecConfig, *, fps: float
-) -> CodecClip:
-    """A clip from its canvases' files, in order, and the .npy file of their patches' positions.
+class Assets(NamedTuple):
+    """What positions alone tell of a clip's pictures; P patches in g windows."""
 
-    Positions are [canvases*S 3] (source frame number, patch row, patch column), raster order in
-    every canvas; -1 marks padding, which fills whole canvases and is dropped. Every
-    `images_per_group` canvases are one group and so one window. Raises SampleError missing_file,
-    bad_image or bad_record.
+    hw: tuple[int, int]  # pixels of a picture
+    kept: np.ndarray  # bool [pictures]: those that are no padding
+    positions: np.ndarray  # int32 [P 3]: source frame number, patch row, patch column; block order
+    windows: np.ndarray  # int32 [g]: patches of each window
+
+
+def read_positions(
+    positions: Sequence[Media], pictures: int, *, patch: int, merge: int, together: int
+) -> Assets:
+    """Reads .npy files, one for all pictures or one a picture.
+
+    Positions are [pictures*S 3], raster order in every picture; -1 marks padding, which fills whole
+    pictures and is dropped. Every `together` pictures are one window, of codec canvases one group.
+    Raises SampleError missing_file or bad_record.
     """
-    if not fps > 0:
-        raise SampleError("bad_record", f"fps is {fps}; timestamps need frames a second")
-    size = config.images_per_group
-    if not canvases or len(canvases) % size:
-        raise SampleError(
-            "bad_record", f"{len(canvases)} canvases are not whole groups of {size} canvases"
-        )
-    where = _load_positions(positions)
-    b, f = config.block_size, config.block_pixels
-    pictures = [np.asarray(load_image(path)) for path in canvases]
-    height, width = pictures[0].shape[:2]
-    if any(p.shape != pictures[0].shape for p in pictures) or height % f or width % f:
+    name = ", ".join(map(str, positions))
+    where = np.concatenate([_load(path) for path in positions])
+    h, w = (where[:, 1:].max(0) + 1).tolist() if len(where) else (0, 0)
+    if h <= 0 or w <= 0 or h % merge or w % merge:
         raise SampleError(
             "bad_record",
-            f"canvases of {width}x{height} must all have one size, of whole blocks of {f} pixels",
+            f"{name}: {h} rows and {w} columns of patches are not whole blocks of {merge}x{merge}",
         )
-    rows, columns = height // f, width // f
-    patches_each = rows * columns * b * b
-    if len(where) != len(canvases) * patches_each:
+    if len(where) != pictures * h * w:
         raise SampleError(
             "bad_record",
-            f"{positions} has {len(where)} positions for {len(canvases)} canvases of "
-            f"{patches_each} patches",
+            f"{name}: {len(where)} positions for {pictures} pictures of {h}x{w} patches",
         )
-    order = where.reshape(-1, rows, b, columns, b, 3).transpose(0, 1, 3, 2, 4, 5)
-    order = order.reshape(len(canvases), patches_each, 3)
+    order = where.reshape(-1, h // merge, merge, w // merge, merge, 3).transpose(0, 1, 3, 2, 4, 5)
+    order = order.reshape(pictures, h * w, 3)
     padding = (order < 0).any(2)
     if (padding.any(1) != padding.all(1)).any():
-        raise SampleError("bad_record", f"{positions} has canvases that are padding in part")
+        raise SampleError("bad_record", f"{name}: pictures that are padding in part")
+    merged = order.reshape(-1, merge**2, 3)[..., 0]
+    if (merged != merged[:, :1]).any():
+        raise SampleError("bad_record", f"{name}: blocks of patches from several frames")
     kept = ~padding.any(1)
-    if not kept.reshape(-1, size)[:, 0].all():
-        raise SampleError("bad_record", f"{positions} has a group whose anchor is padding")
-    patches = [
-        patchify(picture, config.patch, b)
-        for picture, keep in zip(pictures, kept, strict=True)
-        if keep
-    ]
-    windows = kept.reshape(-1, size).sum(1) * patches_each
-    return CodecClip(
-        np.concatenate(patches),
+    groups = [kept[i : i + together].sum() * h * w for i in range(0, pictures, together)]
+    if not kept[::together].all():
+        raise SampleError("bad_record", f"{name}: a group whose first picture is padding")
+    return Assets(
+        (h * patch, w * patch),
+        kept,
         np.ascontiguousarray(order[kept].reshape(-1, 3).astype(np.int32)),
-        windows.astype(np.int32),
-        fps,
-        None,
+        np.array(groups, np.int32),
     )
 
 
-def _load_positions(path: str) -> np.ndarray:
+def read_pictures(
+    pictures: Sequence[Media], assets: Assets, *, patch: int, merge: int
+) -> np.ndarray:
+    """uint8 [P C*p*p]. Whole frames are resized to what the positions say (bicubic), canvases must
+    have that size. Raises SampleError missing_file, bad_image or bad_record.
+    """
+    kept = [picture for picture, keep in zip(pictures, assets.kept, strict=True) if keep]
+    times = assets.positions[:, 0].reshape(len(kept), -1)
+    frames = bool((times == times[:, :1]).all())
+    height, width = assets.hw
+    patches = []
+    for path in kept:
+        picture = load_image(path)
+        if not frames and (picture.height, picture.width) != assets.hw:
+            raise SampleError(
+                "bad_record",
+                f"the canvas {path} is {picture.width}x{picture.height}; its positions are of "
+                f"{width}x{height}",
+            )
+        patches.append(patchify(resize(picture, height, width), patch, merge))
+    return np.concatenate(patches)
+
+
+def _load(path: Media) -> np.ndarray:
     """[n 3] whole numbers."""
     try:
-        where = np.load(path, allow_pickle=False)
+        where = np.load(decodable(path), allow_pickle=False)
     except FileNotFoundError as error:
         raise SampleError("missing_file", f"there are no positions {path}") from error
     except (ValueError, OSError, EOFError) as error:
@@ -80,6 +97,7 @@ def _load_positions(path: str) -> np.ndarray:
         or where.ndim != 2
         or where.shape[1] != 3
         or not np.issubdtype(where.dtype, np.integer)
+        or (len(where) and (where.max() >= 2**31 or where.min() < -1))
     ):
         raise SampleError("bad_record", f"{path} must hold whole numbers of shape [patches 3]")
     return where

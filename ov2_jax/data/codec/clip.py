@@ -5,6 +5,7 @@ the sampled frames wait at canvas size, in the decoder's own 4:2:0 (half of RGB'
 them at 313 600 pixels take 345 MiB. Only frames of which something is kept become RGB.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import av
@@ -16,11 +17,16 @@ from ov2_jax.data.codec.bad import is_bad_frame
 from ov2_jax.data.codec.config import CodecConfig
 from ov2_jax.data.codec.frames import canvas_size, sample_frames
 from ov2_jax.data.codec.scores import ScoreSource, StreamScores
-from ov2_jax.data.codec.select import Selection, TooFewFrames, block_scores, select_blocks
+from ov2_jax.data.codec.select import (
+    Selection,
+    TooFewFrames,
+    block_scores,
+    fewest_groups,
+    select_blocks,
+)
 from ov2_jax.data.errors import SampleError
 from ov2_jax.data.media import Media, exists
 from ov2_jax.data.video import DECODER_THREADS, MAX_MISSING_SHARE, Clock
-from ov2_jax.model.config import ConfigError
 
 # Only frames that look flat or green at a glance are converted to be judged: brightness that hardly
 # varies (limits of bad.py: 6), or both colour differences well below their middle, 128.
@@ -35,7 +41,7 @@ class CodecClip(NamedTuple):
     positions: np.ndarray  # int32 [P 3]: source frame number, patch row, patch column
     windows: np.ndarray  # int32 [g]: patches of each window; one group is one window
     fps: float
-    selection: Selection | None  # None where canvases came ready made
+    selection: Selection
 
 
 class _Packets(NamedTuple):
@@ -56,23 +62,21 @@ def read_codec_clip(
     timeout_s: float,
     scores: ScoreSource | None = None,
     fps: float | None = None,
+    check: Callable[[int, int], None] | None = None,
 ) -> CodecClip:
     """Reads a clip and keeps what its scores say.
 
     `scores`: where bit costs come from, by default the clip's own stream. `fps` stands in for the
-    container's frame rate. Raises TooFewFrames where uniform frames are the way, and SampleError
-    missing_file, bad_video or video_timeout.
+    container's frame rate. `check` is told the fewest groups that the clip can have and a group's
+    patches, before anything is decoded; it may raise SampleError. Raises TooFewFrames where uniform
+    frames are the way, and SampleError missing_file, bad_video or video_timeout.
     """
-    if config.block_pixels % 2:
-        raise ConfigError(
-            f"codec.patch * codec.block_size is {config.block_pixels}; it must be even, as "
-            "canvases wait in 4:2:0."
-        )
+    config.check_even_blocks()
     if not exists(path):
         raise SampleError("missing_file", f"there is no clip {path}")
     clock = Clock(path, timeout_s)
     try:
-        return _read(path, config, clock, scores or StreamScores(), fps)
+        return _read(path, config, clock, scores or StreamScores(), fps, check)
     except (SampleError, TooFewFrames):
         raise
     except Exception as error:  # PyAV maps FFmpeg's errors onto many classes
@@ -86,12 +90,16 @@ def _read(
     clock: Clock,
     scores: ScoreSource,
     fps: float | None,
+    check: Callable[[int, int], None] | None,
 ) -> CodecClip:
     packets = _scan(path, clock, fps)
     hw = canvas_size((packets.height, packets.width), config)
     numbers = sample_frames(packets.count, packets.keyframes, config)
     if len(numbers) < config.min_group_frames:
         raise TooFewFrames(f"{path} has {len(numbers)} frames, fewer than a group's.")
+    if check is not None:
+        patches = config.images_per_group * hw[0] * hw[1] // config.patch**2
+        check(fewest_groups(len(numbers), config), patches)
     pictures, seen = _decode(clock, packets, numbers, hw, scores)
     if seen < (1 - MAX_MISSING_SHARE) * packets.count:
         raise SampleError(
@@ -241,11 +249,12 @@ def block_order(selection: Selection, config: CodecConfig) -> np.ndarray:
     return canvases.transpose(0, 1, 3, 2, 4, 5).reshape(-1, 3)
 
 
-def time_runs(positions: np.ndarray, config: CodecConfig) -> tuple[np.ndarray, np.ndarray]:
+def time_runs(positions: np.ndarray, merge: int) -> tuple[np.ndarray, np.ndarray]:
     """(frame numbers [k], merged tokens [k]) of the runs of consecutive tokens with equal t.
 
-    `positions`: int32 [P 3] in block order. A run may cross canvases; each gets one timestamp.
+    `positions`: int32 [P 3] in m x m block order. A run may cross canvases; each gets one
+    timestamp.
     """
-    t = positions[:: config.block_size**2, 0]
+    t = positions[:: merge**2, 0]
     starts = np.flatnonzero(np.diff(t, prepend=-1))
     return t[starts], np.diff(starts, append=len(t))

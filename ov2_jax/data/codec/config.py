@@ -66,3 +66,11 @@ class CodecConfig:
     def block_pixels(self) -> int:
         """Side of a block in pixels; canvas sides are multiples of it."""
         return self.block_size * self.patch
+
+    def check_even_blocks(self) -> None:
+        """Raises ConfigError where clips cannot be read: their canvases wait in 4:2:0."""
+        if self.block_pixels % 2:
+            raise ConfigError(
+                f"codec.patch * codec.block_size is {self.block_pixels}; it must be even, as "
+                "canvases wait in 4:2:0."
+            )

@@ -1,13 +1,13 @@
 """Where the bits of a clip's cells come from."""
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Protocol
 
 import av
 import numpy as np
 
 from ov2_jax.data.codec.energy import EnergyMeter
+from ov2_jax.data.media import Media, decodable
 
 # A cell that would get fewer bits than this is mostly skipped and costs next to none: its share is
 # pulled towards nothing, smoothly, so that a frame's order stays. Without it the many cheap cells
@@ -60,8 +60,8 @@ class FileScores:
     Raises FileNotFoundError, or ValueError for another content.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        with np.load(path, allow_pickle=False) as arrays:
+    def __init__(self, path: Media) -> None:
+        with np.load(decodable(path), allow_pickle=False) as arrays:
             if "bit_cost" not in arrays:
                 raise ValueError(
                     f"{path} has no array bit_cost but {', '.join(arrays) or 'nothing'}; write bit "

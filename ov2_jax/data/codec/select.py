@@ -37,6 +37,15 @@ class Selection(NamedTuple):
     positions: np.ndarray
 
 
+def fewest_groups(sampled: int, config: CodecConfig) -> int:
+    """Groups that a clip of so many sampled frames has at least; max_canvases counts."""
+    whole = sampled - (config.min_group_frames - 1)  # a shorter tail is dropped
+    groups = max(1, -(-whole // config.max_group_frames))
+    if config.max_canvases is None:
+        return groups
+    return min(groups, config.max_canvases // config.images_per_group)
+
+
 def select_patches(
     bit_cost: np.ndarray,
     keyframes: Sequence[int],
