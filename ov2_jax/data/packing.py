@@ -4,10 +4,15 @@ A pack has B text rows of L tokens and vision rows in classes of R rows of W pat
 A sample lies whole in one text row; each of its windows (an image, or a few frames) lies whole in
 one vision row. Attention in a vision row costs W^2 whatever lies in it, so a window goes to the
 smallest class that still has room for it.
+
+`Waiting` holds samples and fills packs from them. The loader uses it through `place_pack`, on the
+few samples that wait in its look-ahead; data/plan.py on a whole corpus.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections.abc import Sequence
+from heapq import heapify, heappop, heapreplace
+from itertools import groupby, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +22,11 @@ from ov2_jax.data.config import PackConfig
 from ov2_jax.data.errors import DataError
 from ov2_jax.data.sample import EncodedSample
 from ov2_jax.model.config import ModelConfig
+
+# Sorted lists of whole numbers: (room << _ROW) + row, and (-size << _AGE) + age. One comparison of
+# such a number is several times quicker than one of a tuple.
+_ROW, _AGE = 16, 32
+_AGE_MASK = (1 << _AGE) - 1
 
 
 class SampleSize(NamedTuple):
@@ -41,99 +51,241 @@ class Placement(NamedTuple):
     windows: tuple[WindowPlace, ...]
 
 
+class Runs(NamedTuple):
+    """A sample's windows for placement. Large ones go first: a small one must not take the room of
+    a large one. Equal ones, as a clip's are, go in one go."""
+
+    patches: int  # of all windows
+    largest: int
+    runs: tuple[tuple[int, int], ...]  # (patches of a window, windows), largest window first
+
+
+NO_WINDOWS = Runs(0, 0, ())
+
+
+def runs_of(windows: Sequence[int]) -> Runs:
+    if not windows:
+        return NO_WINDOWS
+    runs = tuple((w, len([*same])) for w, same in groupby(sorted(windows, reverse=True)))
+    return Runs(sum(windows), runs[0][0], runs)
+
+
+# Where the equal windows of a run went: so many of them to (class, row), the first at an offset.
+_Chunk = tuple[int, int, int, int]
+
+
+class Placed(NamedTuple):
+    """A sample of `Waiting` that went into a pack."""
+
+    name: int
+    row: int
+    offset: int
+    chunks: Sequence[_Chunk]  # in the order of Runs.runs
+
+
 class _Pack:
     """Free space while one pack is filled."""
 
     def __init__(self, config: PackConfig) -> None:
-        limit = config.max_samples_per_row or config.seq_len
         self.seq_len = config.seq_len
-        self.tokens = [config.seq_len] * config.rows
-        self.samples = [limit] * config.rows
+        # Text rows that may take another sample, the fullest first; what they may still take.
+        self.tokens = [(config.seq_len << _ROW) + row for row in range(config.rows)]
+        self.samples = [config.max_samples_per_row or config.seq_len] * config.rows
         self.widths = [w for _, w in config.vision_rows]
-        self.rows = [[w] * r for r, w in config.vision_rows]
-        self.most_tokens = config.seq_len  # of the row with the most room
+        self.rows = [[(w << _ROW) + row for row in range(r)] for r, w in config.vision_rows]
+        self.most_tokens = config.seq_len  # room in the emptiest text row
         self.patches = config.patch_slots  # room for patches in all
+        self.largest = max(self.widths, default=0)  # room in the emptiest vision row
 
-    def _window(self, patches: int) -> WindowPlace | None:
-        """Best fit in the smallest class with room; takes the room."""
-        for size in range(bisect_left(self.widths, patches), len(self.widths)):
-            free, best, left = self.rows[size], -1, self.widths[size] + 1
-            for row, room in enumerate(free):
-                if patches <= room < left:
-                    best, left = row, room
-            if best >= 0:
-                free[best] -= patches
-                return WindowPlace(size, best, self.widths[size] - left)
-        return None
-
-    def place(self, index: int, sample: SampleSize, patches: int) -> Placement | None:
-        """Takes the room for a sample of so many patches in all, or returns None."""
-        tokens, windows = sample
-        best, left = -1, self.seq_len + 1
-        for row, room in enumerate(self.tokens):
-            if tokens <= room < left and self.samples[row]:
-                best, left = row, room
-        if best < 0:
-            return None
-        places: tuple[WindowPlace, ...] = ()
-        if windows:
-            if patches > self.patches:
+    def _windows(self, runs: Sequence[tuple[int, int]]) -> list[_Chunk] | None:
+        """Best fit in the smallest class with room; takes the room, or none at all."""
+        chunks: list[_Chunk] = []
+        before = None
+        for width, count in runs:
+            least = width << _ROW
+            for size in range(bisect_left(self.widths, width), len(self.widths)):
+                free = self.rows[size]
+                i = bisect_left(free, least)
+                while i < len(free):
+                    if before is None and (count > 1 or len(runs) > 1):
+                        before = [rows.copy() for rows in self.rows]
+                    room = free.pop(i)
+                    # One window after the other would go here too: this row stays the fullest.
+                    take = min(count, (room >> _ROW) // width)
+                    insort(free, room - take * least)
+                    offset = self.widths[size] - (room >> _ROW)
+                    chunks.append((size, room & (1 << _ROW) - 1, offset, take))
+                    count -= take
+                    if not count:
+                        break
+                    i = bisect_left(free, least)
+                if not count:
+                    break
+            if count:
+                if before is not None:
+                    self.rows = before
                 return None
-            found: list[WindowPlace | None] = [None] * len(windows)
-            # Large windows first: a small one must not take the room of a large one.
-            for i in sorted(range(len(windows)), key=lambda i: -windows[i]):
-                found[i] = self._window(windows[i])
-                if found[i] is None:
-                    for j, place in enumerate(found):
-                        if place is not None:
-                            self.rows[place.size][place.row] += windows[j]
-                    return None
-            self.patches -= patches
-            places = tuple(found)
-        self.tokens[best] -= tokens
-        self.samples[best] -= 1
-        self.most_tokens = max(self.tokens)
-        return Placement(index, best, self.seq_len - left, places)
+        return chunks
+
+    def place(self, name: int, tokens: int, windows: Runs) -> Placed | None:
+        """Takes the room for a sample, or returns None. The fullest text row with room."""
+        i = bisect_left(self.tokens, tokens << _ROW)
+        if i == len(self.tokens):
+            return None
+        chunks: Sequence[_Chunk] = ()
+        if windows.runs:
+            if windows.patches > self.patches or windows.largest > self.largest:
+                return None
+            chunks = self._windows(windows.runs)
+            if chunks is None:
+                return None
+            self.patches -= windows.patches
+            self.largest = max([rows[-1] for rows in self.rows]) >> _ROW
+        room = self.tokens.pop(i)
+        row = room & (1 << _ROW) - 1
+        self.samples[row] -= 1
+        if self.samples[row]:
+            insort(self.tokens, room - (tokens << _ROW))
+        self.most_tokens = self.tokens[-1] >> _ROW if self.tokens else -1
+        return Placed(name, row, self.seq_len - (room >> _ROW), chunks)
+
+
+class Waiting:
+    """Samples that wait, and how a pack is filled from them.
+
+    The oldest sample always goes in, so none waits forever; then the others, from the one that
+    takes the largest share of either budget to the smallest, each into the fullest text row and
+    vision rows with room. What does not fit goes on waiting.
+
+    So that a pack costs the samples that it takes and not those that wait, samples lie in lists by
+    their largest window, each sorted by share; a pack walks all lists at once in order of share
+    (a heap of their next samples) and skips what cannot fit, by bisection.
+    """
+
+    def __init__(self, config: PackConfig) -> None:
+        self._config = config
+        self._token_slots, self._patch_slots = config.token_slots, max(config.patch_slots, 1)
+        self._samples: dict[int, tuple[int, int, Runs]] = {}  # by age: name, tokens, windows
+        self._lists: dict[int, list[int]] = {}  # by _bucket: (-share << _AGE) + age, sorted
+        self._smallest: dict[int, int] = {}  # a lower bound of a list's windows
+        self._density = 0.0  # most patches a token of any sample so far
+        self._next = self._oldest = 0
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def share(self, tokens: int, patches: int) -> int:
+        """The larger of the shares of a pack's tokens and patches, in tokens."""
+        return max(tokens, -(-patches * self._token_slots // self._patch_slots))
+
+    @staticmethod
+    def _bucket(largest: int) -> int:
+        """Windows of a list differ by at most a half; text has a list of its own."""
+        bits = largest.bit_length()
+        return 2 * bits + (largest >> bits - 2 & 1) if bits > 1 else bits
+
+    def add(self, name: int, tokens: int, windows: Runs) -> None:
+        """A new sample. `name` is given back when it is packed."""
+        age, self._next = self._next, self._next + 1
+        patches, largest = windows.patches, windows.largest
+        bucket = self._bucket(largest)
+        self._samples[age] = (name, tokens, windows)
+        if bucket not in self._lists:
+            self._lists[bucket] = []
+            self._smallest[bucket] = 0 if bucket < 2 else (2 | bucket & 1) << bucket // 2 - 2
+        insort(self._lists[bucket], (-self.share(tokens, patches) << _AGE) + age)
+        if patches > self._density * tokens:
+            self._density = patches / max(tokens, 1)
+
+    def fill(self) -> list[Placed]:
+        """Takes a pack's samples out, in the order in which they were placed.
+
+        The same samples added in that order, and nothing else, make the same pack. Raises DataError
+        if the oldest sample does not fit into an empty pack; encoding must have rejected it.
+        """
+        if not self._samples:
+            return []
+        pack = _Pack(self._config)
+        placed = [self._first(pack)]
+        samples, lists = self._samples, self._lists
+        at = dict.fromkeys(lists, 0)
+        heap = [(waiting[0], bucket) for bucket, waiting in lists.items() if waiting]
+        heapify(heap)
+        while heap:
+            code, bucket = heap[0]
+            if self._smallest[bucket] > pack.largest:
+                heappop(heap)
+                continue
+            waiting, i = lists[bucket], at[bucket]
+            name, tokens, windows = samples[code & _AGE_MASK]
+            done = None
+            if (
+                tokens <= pack.most_tokens
+                and windows.largest <= pack.largest
+                and windows.patches <= pack.patches
+            ):
+                done = pack.place(name, tokens, windows)
+            if done is None:
+                i += 1
+            else:
+                placed.append(done)
+                del waiting[i], samples[code & _AGE_MASK]
+            # The next of this list whose share may fit.
+            room = pack.most_tokens
+            if bucket:
+                patches = int(min(pack.patches, self._density * room + 1))
+                room = max(room, -(-patches * self._token_slots // self._patch_slots))
+            if i < len(waiting) and waiting[i] >> _AGE < -room:
+                i = bisect_left(waiting, -room << _AGE, i)
+            if i < len(waiting):
+                at[bucket] = i
+                heapreplace(heap, (waiting[i], bucket))
+            else:
+                heappop(heap)
+        return placed
+
+    def _first(self, pack: _Pack) -> Placed:
+        while self._oldest not in self._samples:
+            self._oldest += 1
+        name, tokens, windows = self._samples.pop(self._oldest)
+        done = pack.place(name, tokens, windows)
+        if done is None:
+            raise DataError(
+                f"A sample of {tokens} tokens and {windows.patches} patches "
+                "does not fit into an empty pack."
+            )
+        waiting = self._lists[self._bucket(windows.largest)]
+        code = (-self.share(tokens, windows.patches) << _AGE) + self._oldest
+        del waiting[bisect_left(waiting, code)]
+        return done
 
 
 def place_pack(candidates: Sequence[SampleSize], config: PackConfig) -> list[Placement]:
-    """Fills one pack from candidates in order of arrival; a pure function of lengths.
+    """Fills one pack from candidates in order of arrival, as Waiting does; a pure function of
+    lengths. Raises DataError if the oldest does not fit into an empty pack."""
+    waiting = Waiting(config)
+    for index, (tokens, windows) in enumerate(candidates):
+        waiting.add(index, tokens, runs_of(windows))
+    return [
+        Placement(p.name, p.row, p.offset, _window_places(p, candidates[p.name].windows))
+        for p in waiting.fill()
+    ]
 
-    The oldest candidate always goes in, so none waits forever; then the others, from the one that
-    takes the largest share of either budget to the smallest, each into the fullest text row and
-    vision rows with room. What does not fit is left for the next pack. Raises DataError if the
-    oldest candidate does not even fit into an empty pack; encoding must have rejected it.
-    """
-    if not candidates:
-        return []
-    pack = _Pack(config)
-    patches = [sum(windows) for _, windows in candidates]
-    first = pack.place(0, candidates[0], patches[0])
-    if first is None:
-        raise DataError(
-            f"A sample of {candidates[0].tokens} tokens and {patches[0]} patches "
-            "does not fit into an empty pack."
-        )
-    placements = [first]
-    per_patch = config.token_slots / max(config.patch_slots, 1)
-    # Minus the larger of the two shares of a pack, in tokens: sorting puts the largest first.
-    order = sorted(
-        (-max(sample.tokens, patches[i] * per_patch), i) for i, sample in enumerate(candidates) if i
-    )
-    for _, index in order:
-        sample = candidates[index]
-        # Most candidates of a full pack are turned away here; this keeps planning quick.
-        if sample.tokens > pack.most_tokens or patches[index] > pack.patches:
-            continue
-        placed = pack.place(index, sample, patches[index])
-        if placed is not None:
-            placements.append(placed)
-    return placements
+
+def _window_places(placed: Placed, windows: Sequence[int]) -> tuple[WindowPlace, ...]:
+    """The place of each window, in the sample's order."""
+    order = iter(sorted(range(len(windows)), key=lambda i: -windows[i]))
+    places: dict[int, WindowPlace] = {}
+    for size, row, offset, count in placed.chunks:
+        for i in islice(order, count):
+            places[i] = WindowPlace(size, row, offset)
+            offset += windows[i]
+    return tuple(places[i] for i in range(len(windows)))
 
 
 def fits_alone(sample: SampleSize, config: PackConfig) -> bool:
     """Whether an empty pack holds the sample."""
-    return _Pack(config).place(0, sample, sum(sample.windows)) is not None
+    return _Pack(config).place(0, sample.tokens, runs_of(sample.windows)) is not None
 
 
 # --- arrays ---------------------------------------------------------------------------------------
