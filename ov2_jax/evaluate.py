@@ -67,6 +67,8 @@ def evaluate(
                 record.videos,
                 fps=record.fps,
                 timestamp_decimal=record.timestamp_decimal,
+                video_input=encoder.video_input(record),
+                bit_costs=record.bit_costs,
             )
         except SampleError as e:
             answers[i] = Answer(f"{raw.file}:{raw.line}", "", "", None, str(e))
@@ -113,6 +115,7 @@ def parse_args() -> argparse.Namespace:
     add("--data", required=True, help="JSON or JSONL of held-out samples")
     add("--root", help="folder of the media; default: the data's own")
     add("--out", help="JSONL to write every answer to")
+    add("--video-input", default="uniform", choices=["uniform", "codec"], help="how clips are read")
     add("--batch-size", type=int, default=32, help="prompts answered together (32)")
     add("--max-new-tokens", type=int, default=64, help="longest answer (64)")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the computation")
@@ -129,7 +132,7 @@ def main() -> None:
         answers = evaluate(
             generator,
             data,
-            SourceConfig(args.data, args.root),
+            SourceConfig(args.data, args.root, video=args.video_input),
             batch_size=args.batch_size,
             max_new_tokens=args.max_new_tokens,
         )

@@ -43,6 +43,9 @@ def media_settings(data: DataConfig, args: argparse.Namespace) -> DataConfig:
         low = min(data.min_pixels, args.max_pixels)
         changes |= {"max_pixels": args.max_pixels, "min_pixels": low}
         changes |= {"frame_max_pixels": None, "frame_min_pixels": None}
+    codec = {"num_sampled_frames": args.num_frames, "max_pixels": args.max_pixels}
+    codec = {name: value for name, value in codec.items() if value is not None}
+    changes["codec"] = dataclasses.replace(data.codec, **codec)
     return dataclasses.replace(data, **changes)
 
 
@@ -58,9 +61,10 @@ def parse_args() -> argparse.Namespace:
     add("--image", default=[], action="append", help="a picture; may be given several times")
     add("--video", default=[], action="append", help="a clip; may be given several times")
     add("--system", help="system prompt instead of the default one")
-    add("--num-frames", type=int, help="frames of every clip")
+    add("--video-input", default="uniform", choices=["uniform", "codec"], help="how clips are read")
+    add("--num-frames", type=int, help="frames of every clip; with codec, those looked at")
     add("--target-fps", type=float, help="frames a second of every clip")
-    add("--max-pixels", type=int, help="largest area of a picture or frame")
+    add("--max-pixels", type=int, help="largest area of a picture, frame or canvas")
     add("--max-new-tokens", type=int, default=256, help="longest answer (256)")
     add("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     add("--top-p", type=float, default=1.0, help="nucleus of the draw, at a temperature above 0")
@@ -80,7 +84,11 @@ def main() -> None:
         for text in args.prompt:
             question = with_marks(text, len(args.image), len(args.video))
             messages = [*system, {"role": "user", "content": question}]
-            prompts.append(encoder.encode_prompt(messages, args.image, args.video))
+            prompts.append(
+                encoder.encode_prompt(
+                    messages, args.image, args.video, video_input=args.video_input
+                )
+            )
         sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
         for answer in generator(prompts, sampling):
             print(answer)
