@@ -4,14 +4,13 @@ import base64
 import collections
 import hashlib
 import heapq
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from ov2_jax.data.config import PackConfig
 from ov2_jax.data.errors import Rejected
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 KINDS = ("text", "picture", "pictures", "clip", "codec clip")  # of samples
 _WINDOW_KINDS = (PICTURE, FRAMES, CODEC)
 _BINS = 28
+_LOGARITHMIC = 16  # times the smallest value
 _FILES = Path(__file__).with_name("inspect_page")
 
 
@@ -207,26 +207,41 @@ def _lengths(kinds: np.ndarray) -> list[int]:
 
 
 def histogram(values: Sequence[tuple[int, str]]) -> dict[str, Any]:
-    """Bins of whole numbers with their counts by kind of sample; there is at least one value."""
+    """Bins of whole numbers with their counts by kind of sample; there is at least one value.
+
+    Lengths of pictures and of clips differ a hundredfold: then each bin is so many times, instead
+    of so much, longer than the one before.
+    """
     numbers = np.array([n for n, _ in values])
     low, high = int(numbers.min()), int(numbers.max())
-    step = max(1, math.ceil((high - low + 1) / _BINS))
-    bins = [[0] * len(KINDS) for _ in range((high - low) // step + 1)]
-    for number, kind in values:
-        bins[(number - low) // step][KINDS.index(kind)] += 1
+    logarithmic = high > _LOGARITHMIC * low
+    spaced = np.geomspace if logarithmic else np.linspace
+    edges = np.unique(np.ceil(spaced(low, high + 1, min(_BINS, high + 1 - low) + 1) - 1e-6))
+    which = np.searchsorted(edges, numbers, side="right") - 1
+    bins = [
+        {"low": int(start), "high": int(end) - 1, "counts": [0] * len(KINDS)}
+        for start, end in zip(edges[:-1], edges[1:], strict=True)
+    ]
+    for i, (_, kind) in zip(which.tolist(), values, strict=True):
+        bins[i]["counts"][KINDS.index(kind)] += 1
     return {
         "low": low,
         "high": high,
-        "step": step,
+        "logarithmic": logarithmic,
         "bins": bins,
-        "highest": max(map(sum, bins)),
+        "highest": max(sum(b["counts"]) for b in bins),
         "median": float(np.median(numbers)),
         "mean": float(numbers.mean()),
-        "count": len(numbers),
     }
 
 
 # --- the page -------------------------------------------------------------------------------------
+
+
+def _lines(text: str) -> Markup:
+    """Escaped, with an empty element before every line's end that the style sheet draws a sign in:
+    long lines wrap, and a newline must not look like that."""
+    return escape(text).replace("\n", Markup('<i class="nl"></i>\n'))
 
 
 def render(
@@ -252,6 +267,7 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters["n"] = lambda number: f"{number:,}".replace(",", "\u202f")
+    environment.filters["lines"] = _lines
     environment.filters["percent"] = lambda share: f"{100 * share:.1f}\u202f%"
     script = (_FILES / "page.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

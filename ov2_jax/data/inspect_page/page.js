@@ -73,6 +73,7 @@ function drawVision(classes) {
     const title = element("h3", "Vision rows ", $("vision-rows"));
     element("small", `of ${number(width)} patches`, title);
     const box = element("div", undefined, $("vision-rows"), "bars thin");
+    box.classList.toggle("two", rows.length > 8);
     rows.forEach((windows, i) => {
       const svg = bar(box, i + 1, width, windows.reduce((sum, w) => sum + w[2], 0));
       for (const [n, x, size, kind] of windows) {
@@ -143,7 +144,10 @@ function pick(n) {
 
 function fromAddress() {
   const match = /^#sample-(\d+)$/.exec(location.hash);
-  if (match && report.samples[match[1]]) pick(Number(match[1]));
+  if (!match || !report.samples[match[1]]) return;
+  pick(Number(match[1]));
+  const shown = document.querySelector(location.hash);
+  if (shown) shown.scrollIntoView(); // rows were drawn since the browser went there
 }
 
 function hints() {
@@ -272,7 +276,9 @@ function player(box) {
     timer = timer ? 0 : setInterval(() => move(at + 1), 220);
     find("play").textContent = timer ? "Pause" : "Play";
   });
-  draw();
+  // The frame of the first group that gives most blocks shows best what this is about.
+  const parts = groups[0].frames.map((f, i) => (i === groups[0].anchor ? 0 : f.blocks.length));
+  move(parts.indexOf(Math.max(...parts)));
   box.dataset.drawn = "yes";
 }
 
