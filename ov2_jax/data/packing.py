@@ -26,7 +26,7 @@ from ov2_jax.model.config import ModelConfig
 # Sorted lists of whole numbers: (room << _ROW) + row, and (-size << _AGE) + age. One comparison of
 # such a number is several times quicker than one of a tuple.
 _ROW, _AGE = 16, 32
-_AGE_MASK = (1 << _AGE) - 1
+_ROW_MASK, _AGE_MASK = (1 << _ROW) - 1, (1 << _AGE) - 1
 
 
 class SampleSize(NamedTuple):
@@ -51,39 +51,22 @@ class Placement(NamedTuple):
     windows: tuple[WindowPlace, ...]
 
 
-class Runs(NamedTuple):
-    """A sample's windows for placement. Large ones go first: a small one must not take the room of
-    a large one. Equal ones, as a clip's are, go in one go."""
-
-    patches: int  # of all windows
-    largest: int
-    runs: tuple[tuple[int, int], ...]  # (patches of a window, windows), largest window first
-
-
-NO_WINDOWS = Runs(0, 0, ())
+# A sample's windows as placement takes them: (patches of a window, windows), the largest first, for
+# a small one must not take the room of a large one. Equal ones, as a clip's are, go in one go.
+Runs = tuple[tuple[int, int], ...]
 
 
 def runs_of(windows: Sequence[int]) -> Runs:
-    if not windows:
-        return NO_WINDOWS
-    runs = tuple((w, len([*same])) for w, same in groupby(sorted(windows, reverse=True)))
-    return Runs(sum(windows), runs[0][0], runs)
+    return tuple((w, len([*same])) for w, same in groupby(sorted(windows, reverse=True)))
 
 
-# Where the equal windows of a run went: so many of them to (class, row), the first at an offset.
+# Windows of one run that went into one vision row: (class, row, offset, number of windows); and a
+# sample that went into a pack: (name, row, offset, chunks).
 _Chunk = tuple[int, int, int, int]
+Placed = tuple[int, int, int, Sequence[_Chunk]]
 
 
-class Placed(NamedTuple):
-    """A sample of `Waiting` that went into a pack."""
-
-    name: int
-    row: int
-    offset: int
-    chunks: Sequence[_Chunk]  # in the order of Runs.runs
-
-
-class _Pack:
+class Pack:
     """Free space while one pack is filled."""
 
     def __init__(self, config: PackConfig) -> None:
@@ -97,57 +80,73 @@ class _Pack:
         self.patches = config.patch_slots  # room for patches in all
         self.largest = max(self.widths, default=0)  # room in the emptiest vision row
 
-    def _windows(self, runs: Sequence[tuple[int, int]]) -> list[_Chunk] | None:
-        """Best fit in the smallest class with room; takes the room, or none at all."""
+    def _window(self, width: int) -> _Chunk | None:
+        """Best fit in the smallest class with room; takes the room."""
+        for size in range(bisect_left(self.widths, width), len(self.widths)):
+            free = self.rows[size]
+            i = bisect_left(free, width << _ROW)
+            if i < len(free):
+                code = free.pop(i)
+                room = code >> _ROW
+                insort(free, code - (width << _ROW))
+                if room == self.largest:
+                    self.largest = max([rows[-1] for rows in self.rows]) >> _ROW
+                return size, code & _ROW_MASK, self.widths[size] - room, 1
+        return None
+
+    def _windows(self, runs: Runs) -> list[_Chunk] | None:
+        """Every window as in _window, or none at all."""
         chunks: list[_Chunk] = []
-        before = None
+        before = [rows.copy() for rows in self.rows]
         for width, count in runs:
             least = width << _ROW
             for size in range(bisect_left(self.widths, width), len(self.widths)):
                 free = self.rows[size]
                 i = bisect_left(free, least)
-                while i < len(free):
-                    if before is None and (count > 1 or len(runs) > 1):
-                        before = [rows.copy() for rows in self.rows]
-                    room = free.pop(i)
+                while count and i < len(free):
                     # One window after the other would go here too: this row stays the fullest.
-                    take = min(count, (room >> _ROW) // width)
-                    insort(free, room - take * least)
-                    offset = self.widths[size] - (room >> _ROW)
-                    chunks.append((size, room & (1 << _ROW) - 1, offset, take))
+                    code = free.pop(i)
+                    take = min(count, (code >> _ROW) // width)
+                    insort(free, code - take * least)
+                    offset = self.widths[size] - (code >> _ROW)
+                    chunks.append((size, code & _ROW_MASK, offset, take))
                     count -= take
-                    if not count:
-                        break
-                    i = bisect_left(free, least)
+                    if count:
+                        i = bisect_left(free, least)
                 if not count:
                     break
             if count:
-                if before is not None:
-                    self.rows = before
+                self.rows = before
                 return None
+        self.largest = max([rows[-1] for rows in self.rows]) >> _ROW
         return chunks
 
-    def place(self, name: int, tokens: int, windows: Runs) -> Placed | None:
-        """Takes the room for a sample, or returns None. The fullest text row with room."""
+    def place(self, name: int, tokens: int, patches: int, runs: Runs) -> Placed | None:
+        """Takes the room for a sample of so many patches in all, or returns None. It goes into the
+        fullest text row with room."""
         i = bisect_left(self.tokens, tokens << _ROW)
-        if i == len(self.tokens):
+        if i == len(self.tokens) or patches > self.patches:
             return None
         chunks: Sequence[_Chunk] = ()
-        if windows.runs:
-            if windows.patches > self.patches or windows.largest > self.largest:
-                return None
-            chunks = self._windows(windows.runs)
-            if chunks is None:
-                return None
-            self.patches -= windows.patches
-            self.largest = max([rows[-1] for rows in self.rows]) >> _ROW
-        room = self.tokens.pop(i)
-        row = room & (1 << _ROW) - 1
+        if patches:
+            if len(runs) == 1 and runs[0][1] == 1:
+                chunk = self._window(patches)
+                if chunk is None:
+                    return None
+                chunks = (chunk,)
+            else:
+                found = self._windows(runs) if runs[0][0] <= self.largest else None
+                if found is None:
+                    return None
+                chunks = found
+            self.patches -= patches
+        code = self.tokens.pop(i)
+        row = code & _ROW_MASK
         self.samples[row] -= 1
         if self.samples[row]:
-            insort(self.tokens, room - (tokens << _ROW))
+            insort(self.tokens, code - (tokens << _ROW))
         self.most_tokens = self.tokens[-1] >> _ROW if self.tokens else -1
-        return Placed(name, row, self.seq_len - (room >> _ROW), chunks)
+        return name, row, self.seq_len - (code >> _ROW), chunks
 
 
 class Waiting:
@@ -165,7 +164,8 @@ class Waiting:
     def __init__(self, config: PackConfig) -> None:
         self._config = config
         self._token_slots, self._patch_slots = config.token_slots, max(config.patch_slots, 1)
-        self._samples: dict[int, tuple[int, int, Runs]] = {}  # by age: name, tokens, windows
+        # By age: name, tokens, patches, largest window, runs.
+        self._samples: dict[int, tuple[int, int, int, int, Runs]] = {}
         self._lists: dict[int, list[int]] = {}  # by _bucket: (-share << _AGE) + age, sorted
         self._smallest: dict[int, int] = {}  # a lower bound of a list's windows
         self._density = 0.0  # most patches a token of any sample so far
@@ -180,19 +180,19 @@ class Waiting:
 
     @staticmethod
     def _bucket(largest: int) -> int:
-        """Windows of a list differ by at most a half; text has a list of its own."""
+        """Windows of a list differ by at most an eighth; text has a list of its own."""
         bits = largest.bit_length()
-        return 2 * bits + (largest >> bits - 2 & 1) if bits > 1 else bits
+        return 8 * (bits - 3) + (largest >> bits - 4 & 7) if bits > 3 else largest
 
-    def add(self, name: int, tokens: int, windows: Runs) -> None:
-        """A new sample. `name` is given back when it is packed."""
+    def add(self, name: int, tokens: int, patches: int, runs: Runs) -> None:
+        """A new sample of so many patches in all. `name` is given back when it is packed."""
         age, self._next = self._next, self._next + 1
-        patches, largest = windows.patches, windows.largest
+        largest = runs[0][0] if runs else 0
+        self._samples[age] = (name, tokens, patches, largest, runs)
         bucket = self._bucket(largest)
-        self._samples[age] = (name, tokens, windows)
         if bucket not in self._lists:
             self._lists[bucket] = []
-            self._smallest[bucket] = 0 if bucket < 2 else (2 | bucket & 1) << bucket // 2 - 2
+            self._smallest[bucket] = (8 | bucket & 7) << bucket // 8 - 1 if bucket > 7 else bucket
         insort(self._lists[bucket], (-self.share(tokens, patches) << _AGE) + age)
         if patches > self._density * tokens:
             self._density = patches / max(tokens, 1)
@@ -205,7 +205,7 @@ class Waiting:
         """
         if not self._samples:
             return []
-        pack = _Pack(self._config)
+        pack = Pack(self._config)
         placed = [self._first(pack)]
         samples, lists = self._samples, self._lists
         at = dict.fromkeys(lists, 0)
@@ -217,45 +217,45 @@ class Waiting:
                 heappop(heap)
                 continue
             waiting, i = lists[bucket], at[bucket]
-            name, tokens, windows = samples[code & _AGE_MASK]
+            name, tokens, patches, largest, runs = samples[code & _AGE_MASK]
             done = None
-            if (
-                tokens <= pack.most_tokens
-                and windows.largest <= pack.largest
-                and windows.patches <= pack.patches
-            ):
-                done = pack.place(name, tokens, windows)
+            if tokens <= pack.most_tokens and largest <= pack.largest:
+                done = pack.place(name, tokens, patches, runs)
             if done is None:
                 i += 1
             else:
                 placed.append(done)
                 del waiting[i], samples[code & _AGE_MASK]
-            # The next of this list whose share may fit.
-            room = pack.most_tokens
+            # On to the next of this list that may fit: first by its share, then by its numbers.
+            room = most = pack.most_tokens
             if bucket:
-                patches = int(min(pack.patches, self._density * room + 1))
-                room = max(room, -(-patches * self._token_slots // self._patch_slots))
+                free = int(min(pack.patches, self._density * room + 1))
+                room = max(room, -(-free * self._token_slots // self._patch_slots))
             if i < len(waiting) and waiting[i] >> _AGE < -room:
                 i = bisect_left(waiting, -room << _AGE, i)
-            if i < len(waiting):
-                at[bucket] = i
-                heapreplace(heap, (waiting[i], bucket))
+            for k in range(i, len(waiting)):
+                code = waiting[k]
+                _, tokens, patches, largest, _ = samples[code & _AGE_MASK]
+                if tokens <= most and largest <= pack.largest and patches <= pack.patches:
+                    at[bucket] = k
+                    heapreplace(heap, (code, bucket))
+                    break
             else:
                 heappop(heap)
         return placed
 
-    def _first(self, pack: _Pack) -> Placed:
+    def _first(self, pack: Pack) -> Placed:
         while self._oldest not in self._samples:
             self._oldest += 1
-        name, tokens, windows = self._samples.pop(self._oldest)
-        done = pack.place(name, tokens, windows)
+        name, tokens, patches, largest, runs = self._samples.pop(self._oldest)
+        done = pack.place(name, tokens, patches, runs)
         if done is None:
             raise DataError(
-                f"A sample of {tokens} tokens and {windows.patches} patches "
+                f"A sample of {tokens} tokens and {patches} patches "
                 "does not fit into an empty pack."
             )
-        waiting = self._lists[self._bucket(windows.largest)]
-        code = (-self.share(tokens, windows.patches) << _AGE) + self._oldest
+        waiting = self._lists[self._bucket(largest)]
+        code = (-self.share(tokens, patches) << _AGE) + self._oldest
         del waiting[bisect_left(waiting, code)]
         return done
 
@@ -265,18 +265,18 @@ def place_pack(candidates: Sequence[SampleSize], config: PackConfig) -> list[Pla
     lengths. Raises DataError if the oldest does not fit into an empty pack."""
     waiting = Waiting(config)
     for index, (tokens, windows) in enumerate(candidates):
-        waiting.add(index, tokens, runs_of(windows))
+        waiting.add(index, tokens, sum(windows), runs_of(windows))
     return [
-        Placement(p.name, p.row, p.offset, _window_places(p, candidates[p.name].windows))
-        for p in waiting.fill()
+        Placement(index, row, offset, _window_places(chunks, candidates[index].windows))
+        for index, row, offset, chunks in waiting.fill()
     ]
 
 
-def _window_places(placed: Placed, windows: Sequence[int]) -> tuple[WindowPlace, ...]:
+def _window_places(chunks: Sequence[_Chunk], windows: Sequence[int]) -> tuple[WindowPlace, ...]:
     """The place of each window, in the sample's order."""
     order = iter(sorted(range(len(windows)), key=lambda i: -windows[i]))
     places: dict[int, WindowPlace] = {}
-    for size, row, offset, count in placed.chunks:
+    for size, row, offset, count in chunks:
         for i in islice(order, count):
             places[i] = WindowPlace(size, row, offset)
             offset += windows[i]
@@ -285,7 +285,8 @@ def _window_places(placed: Placed, windows: Sequence[int]) -> tuple[WindowPlace,
 
 def fits_alone(sample: SampleSize, config: PackConfig) -> bool:
     """Whether an empty pack holds the sample."""
-    return _Pack(config).place(0, sample.tokens, runs_of(sample.windows)) is not None
+    tokens, windows = sample
+    return Pack(config).place(0, tokens, sum(windows), runs_of(windows)) is not None
 
 
 # --- arrays ---------------------------------------------------------------------------------------

@@ -1,0 +1,302 @@
+"""Which samples share a pack, for a whole corpus whose lengths are known.
+
+Packs are filled by the function that the loader uses without a plan (data/packing.py), from about a
+thousand samples that wait. Two things make the packs alike, so that the packs of a step cost the
+same and no pack is all clips or all text: samples of each size come at an even pace, and small
+samples, which fill gaps, come a little ahead of large ones.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from ov2_jax.data.config import PackConfig
+from ov2_jax.data.errors import DataError
+from ov2_jax.data.packing import Pack, Runs, Waiting
+
+_WAITING = 1024  # samples to choose from; more take longer and hardly fill better
+_STRATA = 64
+_AHEAD = 2.0  # packs whose worth of samples of each size has come when a pack is filled
+_CHUNK = 1 << 16
+
+
+class Lengths(NamedTuple):
+    """Lengths of n records with k windows in all."""
+
+    tokens: np.ndarray  # int32 [n]
+    windows: np.ndarray  # int32 [k]: patches of each window
+    ends: np.ndarray  # int64 [n]: windows of record i are windows[ends[i - 1] : ends[i]]
+
+
+class Packs(NamedTuple):
+    """Records of each pack. `place_pack` on the sizes of a pack's records, in this order, places
+    all of them, so placements are not stored."""
+
+    members: np.ndarray  # int64 [k]: record numbers
+    ends: np.ndarray  # int64 [packs]: pack i has members[ends[i - 1] : ends[i]]
+
+
+class _Table:
+    """Lengths as placement wants them: sums, largest, and runs of equal windows."""
+
+    def __init__(self, lengths: Lengths) -> None:
+        tokens, windows, ends = (np.asarray(a, np.int64) for a in lengths)
+        if len(tokens) != len(ends) or (ends[-1] if len(ends) else 0) != len(windows):
+            raise DataError(
+                f"{len(tokens)} lengths and {len(windows)} windows have {len(ends)} ends; "
+                "each record needs an end, and the last must be the number of windows."
+            )
+        counts = np.diff(ends, prepend=0)
+        if (tokens <= 0).any() or (windows <= 0).any() or (counts < 0).any():
+            raise DataError("Lengths must be positive, and their ends must not decrease.")
+        self.tokens, starts = tokens, ends - counts
+        # Windows of a record, the largest first: sorted as (record, -window) in one number.
+        owner = np.repeat(np.arange(len(tokens)), counts)
+        top = int(windows.max(initial=0))
+        codes = np.sort(owner * (top + 1) + (top - windows))
+        first = np.flatnonzero(np.diff(codes, prepend=-1))
+        self.run_windows = top - codes[first] % (top + 1)
+        self.run_counts = np.diff(first, append=len(codes))
+        self.run_ends = np.searchsorted(first, ends)
+        sums = np.concatenate([[0], np.cumsum(windows)])
+        self.patches = sums[ends] - sums[starts]
+        self.largest = np.zeros_like(tokens)
+        some = counts > 0
+        self.largest[some] = top - codes[starts[some]] % (top + 1)
+
+    def rows(self, records: np.ndarray) -> Iterator[tuple[int, int, int, Runs]]:
+        """(record, tokens, patches, runs) of each; arrays become lists a chunk at a time."""
+        for begin in range(0, len(records), _CHUNK):
+            part = records[begin : begin + _CHUNK]
+            ends = self.run_ends[part]
+            starts = np.where(part > 0, self.run_ends[part - 1], 0)
+            runs = zip(
+                self.run_windows[(here := _ranges(starts, ends))].tolist(),
+                self.run_counts[here].tolist(),
+                strict=True,
+            )
+            columns = (part, self.tokens[part], self.patches[part], ends - starts)
+            for record, tokens, patches, count in zip(*(c.tolist() for c in columns), strict=True):
+                yield record, tokens, patches, tuple(itertools.islice(runs, count))
+
+
+def _ranges(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """arange(start, end) of each, one after the other."""
+    counts = ends - starts
+    before = np.cumsum(counts) - counts
+    return np.arange(counts.sum()) + np.repeat(starts - before, counts)
+
+
+def _misfit(table: _Table, records: np.ndarray, config: PackConfig) -> int | None:
+    """A record, of those, that an empty pack does not hold."""
+    largest = table.largest
+    # A row turns a window away only if it is filled to within a window of its width, so that much
+    # is sure; few records need more, and they are placed.
+    sure = largest.copy()
+    for count, width in config.vision_rows:
+        sure += np.where(largest <= width, count * (width - largest), 0)
+    widest = max((w for _, w in config.vision_rows), default=0)
+    doubtful = (table.tokens > config.seq_len) | (table.patches > sure) | (largest > widest)
+    for sample in table.rows(np.unique(records[doubtful[records]])):
+        if Pack(config).place(*sample) is None:
+            return sample[0]
+    return None
+
+
+def _arrival(size: np.ndarray, vision: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The order in which samples come, and when, as a share [0, 1] of what is packed by then.
+
+    Samples are cut into strata of like size, and those of each stratum come, in the given order, at
+    an even pace. The smaller a sample, the earlier it comes, so that about _WAITING wait.
+    """
+    n = len(size)
+    rank = np.lexsort((size, vision))
+    volume = np.cumsum(size[rank])
+    stratum = np.empty(n, np.int64)
+    stratum[rank] = (volume - size[rank]) * _STRATA // max(volume[-1], 1)
+    by_stratum = np.argsort(stratum, kind="stable")
+    counts = np.bincount(stratum, minlength=_STRATA)
+    number = np.arange(n) - np.repeat(np.cumsum(counts) - counts, counts)
+    # Strata start at different fractions of their pace, or all would come at once.
+    offset = np.arange(_STRATA) * 0.6180339887 % 1
+    when = np.empty(n)
+    when[by_stratum] = (number + np.repeat(offset, counts)) / np.repeat(counts, counts)
+    by_size = np.empty(n)
+    by_size[np.argsort(size, kind="stable")] = np.arange(n) / n
+    when = np.maximum(when - 2 * _WAITING / n * (1 - by_size), 0)
+    order = np.argsort(when, kind="stable")
+    return order, when[order]
+
+
+def plan_packs(lengths: Lengths, order: np.ndarray, config: PackConfig) -> Packs:
+    """Packs all records of `order` (int64 [m], a record may come repeatedly), each entry once.
+
+    A pure function of its arguments. Packs come in no order of length, but a run that wants them in
+    random order must shuffle them. Raises DataError if a record does not fit into an empty pack.
+    """
+    order = np.asarray(order, np.int64)
+    if not len(order):
+        return Packs(order, order)
+    table = _Table(lengths)
+    if order.min() < 0 or order.max() >= len(table.tokens):
+        raise DataError(
+            f"The order names records {order.min()} to {order.max()}, but there are lengths of "
+            f"{len(table.tokens)} records."
+        )
+    misfit = _misfit(table, order, config)
+    if misfit is not None:
+        raise DataError(
+            f"Record {misfit} of {table.tokens[misfit]} tokens and {table.patches[misfit]} patches "
+            "does not fit into an empty pack; leave it out of the order, or make the pack larger."
+        )
+    return _plan(table, order, config)
+
+
+def _plan(table: _Table, order: np.ndarray, config: PackConfig) -> Packs:
+    per_patch = config.token_slots / max(config.patch_slots, 1)
+    size = np.maximum(table.tokens, np.ceil(table.patches * per_patch).astype(np.int64))
+    arrival, when = _arrival(size[order], table.patches[order] > 0)
+    when = when.tolist()
+    # How much has been packed, as a share, rules what comes; a pack wants some choice besides.
+    total = int(size[order].sum())
+    ahead = _AHEAD * config.token_slots / total
+    waiting, coming = Waiting(config), table.rows(order[arrival])
+    members: list[int] = []
+    ends: list[int] = []
+    come, packed, n = 0, 0, len(order)
+    while len(members) < n:
+        limit = packed / total + ahead
+        while come < n and (when[come] <= limit or not len(waiting)):
+            waiting.add(*next(coming))
+            come += 1
+        records = [placed[0] for placed in waiting.fill()]
+        packed += int(size[records].sum())
+        members += records
+        ends.append(len(members))
+    return Packs(np.array(members, np.int64), np.array(ends, np.int64))
+
+
+# --- vision rows ----------------------------------------------------------------------------------
+
+
+def propose_vision_rows(
+    lengths: Lengths,
+    rows: int,
+    seq_len: int,
+    *,
+    unit: int = 4,
+    divide: int = 1,
+    classes: int = 3,
+    token_cost: float = 16.0,
+    even_width: float = 6144.0,
+    samples: int = 4000,
+) -> tuple[tuple[int, int], ...]:
+    """Classes of vision rows for PackConfig(rows, seq_len), such that training costs little.
+
+    Widths are multiples of `unit` (the merge unit; 128 for attention kernels that want blocks),
+    numbers of rows of `divide`, and there are at most `classes`. Every record fits into an empty
+    pack. Among candidate widths (sizes that windows often have, and small multiples) and numbers of
+    rows it searches for the least cost of a plan of so many `samples`,
+
+        packs * (token slots * token_cost + sum of R * W * (1 + W / even_width)):
+
+    `token_cost` is what a token costs the decoder, in patches through the encoder without
+    attention (8.2e9 / 3.0e8 parameters: 27 for 8b), and `even_width` the width of a row from which
+    attention costs more than the rest (6 D: 24 D^2 against 4 W D operations a patch and layer).
+
+    A pure function. Raises DataError if a record is longer than seq_len.
+    """
+    table = _Table(lengths)
+    every = np.arange(len(table.tokens))
+    if table.tokens.max(initial=0) > seq_len:
+        raise DataError(
+            f"A record has {table.tokens.max()} tokens but a text row {seq_len}; leave it out, or "
+            "make the row longer."
+        )
+    if not table.largest.any():
+        return ()
+    order = np.random.default_rng(0).permutation(every)[:samples]
+    hard = np.unique(
+        np.concatenate(
+            [np.argsort(-a, kind="stable")[:500] for a in (table.patches, table.largest)]
+        )
+    )
+
+    def widened(counts: dict[int, int]) -> dict[int, int]:
+        """More rows, until every record fits."""
+        counts, records = dict(counts), hard
+        while True:
+            classes = tuple(sorted(counts.items()))
+            config = PackConfig(rows, seq_len, tuple((r, w) for w, r in classes))
+            misfit = _misfit(table, records, config)
+            if misfit is not None:
+                counts[min(w for w in counts if w >= table.largest[misfit])] += divide
+            elif records is every:
+                return counts
+            else:
+                records = every
+
+    costs: dict[tuple[tuple[int, int], ...], float] = {}
+
+    def cost(counts: dict[int, int]) -> float:
+        key = tuple((r, w) for w, r in sorted(counts.items()))
+        if key not in costs:
+            config = PackConfig(rows, seq_len, key)
+            ends = _plan(table, order, config).ends
+            # The last pack counts by how many samples it has, or steps of whole packs would hide
+            # what a row more or less does.
+            packs = len(ends) - 1 + np.diff(ends, prepend=0)[-1] * len(ends) / len(order)
+            patches = sum(r * w * (1 + w / even_width) for r, w in key)
+            costs[key] = packs * (config.token_slots * token_cost + patches)
+        return costs[key]
+
+    per_pack = rows * seq_len / table.tokens.sum()
+    windows = np.repeat(table.run_windows, table.run_counts)
+
+    def start(widths: tuple[int, ...]) -> dict[int, int]:
+        """Rows as each class' windows need them."""
+        which = np.searchsorted(widths, windows)
+        need = np.bincount(which, windows, len(widths)) * per_pack * 1.05
+        counts = np.maximum(np.ceil(need / widths / divide), 1).astype(int) * divide
+        return widened(dict(zip(widths, counts.tolist(), strict=True)))
+
+    starts = [start(widths) for widths in _widths(windows, unit, classes)]
+    best: dict[int, int] = {}
+    for counts in sorted(starts, key=cost)[:3]:
+        while True:  # downhill, a step of rows at a time
+            steps = [
+                widened({**counts, w: counts[w] + d})
+                for w in counts
+                for d in (-divide, divide)
+                if counts[w] + d > 0
+            ]
+            for left_out in sorted(counts)[:-1]:
+                steps.append(widened({w: r for w, r in counts.items() if w != left_out}))
+            better = min(steps, key=cost)
+            if cost(better) >= cost(counts):
+                break
+            counts = better
+        if not best or cost(counts) < cost(best):
+            best = counts
+    return tuple((r, w) for w, r in sorted(best.items()))
+
+
+def _widths(windows: np.ndarray, unit: int, classes: int) -> list[tuple[int, ...]]:
+    """Sets of widths worth a try; the last holds the largest window."""
+    top = int(windows.max())
+    sizes, counts = np.unique(windows, return_counts=True)
+    share = np.cumsum(sizes * counts) / (windows.sum(dtype=np.int64))
+    common = sizes[np.searchsorted(share, (0.2, 0.4, 0.6, 0.8, 0.95)).clip(max=len(sizes) - 1)]
+    frequent = sizes[np.argsort(-(sizes * counts), kind="stable")[:2]]
+    multiples = {int(s) * k for s in frequent for k in (1, 2, 3, 4)}
+    tries = {-(-w // unit) * unit for w in {*common.tolist(), *multiples, top, 2 * top}}
+    wide = sorted(w for w in tries if top <= w <= 2 * top + unit)
+    low = sorted(w for w in tries if w < top)
+    return [
+        (*below, last)
+        for last in wide
+        for k in range(classes)
+        for below in itertools.combinations(low, k)
+    ]
