@@ -103,7 +103,7 @@ def rejected_cases():
         "video": (
             {"messages": chat("<video>", "A"), "video": "bad.png"},
             "bad_video",
-            "no frame rate",
+            "no clip in a container",
         ),
         "strip": ({"messages": image, "image": "strip.png"}, "bad_aspect", "200:1"),
     }

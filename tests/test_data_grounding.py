@@ -113,7 +113,7 @@ def test_no_points_are_an_answer_too():
         ({**POINTS, "points": 3}, "bad_record"),
         ({**TRAJECTORY, "task": "ground"}, "unsupported_field: task is 'ground'"),
         ({**TRAJECTORY, "frame_trajectories": []}, "no object is visible"),
-        ({**TRAJECTORY, "width": 0}, "bad_record: not as Molmo2 has it: ZeroDivisionError"),
+        ({**TRAJECTORY, "width": 0}, "bad_record: width is 0; it must be a positive number"),
         ({**TRACK, "fps": "2"}, "bad_record"),
         ({**TRACK, "fps": 0.1}, "bad_record: not as Molmo2 has it: ZeroDivisionError"),
     ],

@@ -17,7 +17,7 @@ import numpy as np
 
 from ov2_jax.data import chat as chat_lib
 from ov2_jax.data.config import DataConfig, PackConfig
-from ov2_jax.data.errors import Rejected, SampleError
+from ov2_jax.data.errors import Rejected, SampleError, describe
 from ov2_jax.data.media import Media
 from ov2_jax.data.records import RawRecord, Record, parse_record, raw_id
 from ov2_jax.data.sample import EncodedSample, SampleLength
@@ -97,7 +97,7 @@ class SampleEncoder:
         except MemoryError:
             raise
         except Exception as error:  # one odd sample must not end a run of days; it is counted
-            reason, detail = "internal_error", f"{type(error).__name__}: {error}"
+            reason, detail = "internal_error", describe(error)
         return Rejected(reason, detail, raw_id(raw), raw.file, raw.line)
 
     def _measure(self, record: Record) -> SampleLength:

@@ -22,8 +22,21 @@ REASONS = (
     "too_long",  # more tokens than a text row
     "window_too_large",  # more patches than the largest vision row
     "too_many_patches",  # more windows than all vision rows of a pack hold
+    "plan_mismatch",  # not of the length that it had when the plan was made
     "internal_error",  # an exception nobody foresaw; its text is in the detail
 )
+
+
+_MOST_CHARACTERS = 2000  # of a detail, which may quote a field of any length
+
+
+def describe(error: BaseException) -> str:
+    """The kind of an exception and its text, also where the text cannot be had."""
+    try:
+        text = str(error)
+    except Exception:  # one that a broken file made, from bytes that are no text
+        text = "it has no text"
+    return f"{type(error).__name__}: {text}"
 
 
 class DataError(RuntimeError):
@@ -36,6 +49,8 @@ class SampleError(Exception):
     def __init__(self, reason: str, detail: str) -> None:
         if reason not in REASONS:
             raise ValueError(f"{reason!r} is not a reason; they are {', '.join(REASONS)}.")
+        if len(detail) > _MOST_CHARACTERS:
+            detail = f"{detail[:_MOST_CHARACTERS]}... ({len(detail)} characters)"
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail

@@ -10,14 +10,29 @@ object's, by first appearance, and hidden objects are left out.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ov2_jax.data.errors import SampleError
+from ov2_jax.data.errors import SampleError, describe
 
 Row = Mapping[str, Any]
 _TRACKS_PER_SECOND = 1  # VideoTrack points every frame; as text that would not fit
+_LARGEST = 1e9  # of seconds, pixels, and frames a second
 
 
 def _bad(detail: str) -> SampleError:
     return SampleError("bad_record", detail)
+
+
+def _text(row: Row, name: str) -> str:
+    if not isinstance(row[name], str):
+        raise _bad(f"{name} is {row[name]!r}; it must be text")
+    return row[name]
+
+
+def _positive(row: Row, name: str) -> float:
+    """Finite, and not so large that a division by it comes out as nothing."""
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST:
+        raise _bad(f"{name} is {value!r}; it must be a positive number")
+    return value
 
 
 def _thousandths(x: float, y: float, width: float, height: float) -> tuple[int, int]:
@@ -28,6 +43,8 @@ def _thousandths(x: float, y: float, width: float, height: float) -> tuple[int, 
 
 
 def _frame(seconds: float, points: Sequence[tuple[int, tuple[int, int]]]) -> str:
+    if not 0 <= seconds < _LARGEST:
+        raise _bad(f"a frame's time is {seconds!r}; it must be seconds from 0 on")
     return f"{seconds:.1f} " + " ".join(f"{n} {x:03d} {y:03d}" for n, (x, y) in points)
 
 
@@ -45,8 +62,8 @@ def _guarded(convert: Any) -> Any:
     def converted(row: Row) -> dict[str, Any]:
         try:
             return convert(row)
-        except (TypeError, KeyError, ValueError, AttributeError, ZeroDivisionError) as error:
-            raise _bad(f"not as Molmo2 has it: {type(error).__name__}: {error}") from error
+        except (TypeError, KeyError, ValueError, AttributeError, ArithmeticError) as error:
+            raise _bad(f"not as Molmo2 has it: {describe(error)}") from error
 
     return converted
 
@@ -61,7 +78,8 @@ def video_points(row: Row) -> dict[str, Any]:
             "clip_start and clip_end name a section, of which alone the points are; cut the clip "
             "out, shift two_fps_timestamps and drop them",
         )
-    times, points, label = row["two_fps_timestamps"], row["points"], row["label"]
+    times, points = row["two_fps_timestamps"], row["points"]
+    label, question = _text(row, "label"), _text(row, "question")
     frames, number = [], 1
     for seconds, in_frame in zip(times, points, strict=True):
         scaled = sorted(_thousandths(p["x"], p["y"], 100, 100) for p in in_frame)
@@ -76,14 +94,14 @@ def video_points(row: Row) -> dict[str, Any]:
         text = f'<points coords="{coords}">{label}</points>'
         answer = f"Counting the {text} shows a total of {number - 1}."
     video = row.get("video") or f"{row['video_id']}.mp4"
-    return _sample(row, video, row["question"], answer)
+    return _sample(row, video, question, answer)
 
 
 def _tracks(
     row: Row,
     label: str,
     video: str,
-    per_second: int,
+    per_second: float,
     frames: Sequence[tuple[float, Mapping[Any, Sequence[float]]]],
     size: tuple[float, float],
 ) -> dict[str, Any]:
@@ -113,19 +131,22 @@ def frame_trajectories(row: Row) -> dict[str, Any]:
         for frame in sorted(row["frame_trajectories"], key=lambda frame: frame["time"])
     ]
     video = row.get("video_path") or f"{row['video']}.mp4"
-    size = row["width"], row["height"]
-    return _tracks(row, row["expression"], video, row["sampling_fps"], frames, size)
+    size = _positive(row, "width"), _positive(row, "height")
+    label, per_second = _text(row, "expression"), _positive(row, "sampling_fps")
+    return _tracks(row, label, video, per_second, frames, size)
 
 
 @_guarded
 def video_track(row: Row) -> dict[str, Any]:
     """Molmo2-VideoTrack: a point a frame and object; the text has one frame a second."""
-    step = round(row["fps"] / _TRACKS_PER_SECOND)
+    fps = _positive(row, "fps")
+    step = round(fps / _TRACKS_PER_SECOND)
     by_frame: dict[int, dict[Any, Sequence[float]]] = {}
     for track in row["points"]:
         for frame, point in enumerate(track["points"]):
             if point and frame % step == 0:
                 by_frame.setdefault(frame, {})[track["object_id"]] = point
-    frames = [(frame / row["fps"], by_frame[frame]) for frame in sorted(by_frame)]
+    frames = [(frame / fps, by_frame[frame]) for frame in sorted(by_frame)]
     video = f"{row['video_dataset']}/{row['clip']}.mp4"
-    return _tracks(row, row["exp"], video, _TRACKS_PER_SECOND, frames, (row["w"], row["h"]))
+    size = _positive(row, "w"), _positive(row, "h")
+    return _tracks(row, _text(row, "exp"), video, _TRACKS_PER_SECOND, frames, size)

@@ -10,6 +10,8 @@ from typing import BinaryIO, NamedTuple
 
 import fsspec
 
+from ov2_jax.data.errors import SampleError, describe
+
 
 class Embedded(NamedTuple):
     """A file that came inside its record; the name is for people and never opened."""
@@ -40,8 +42,18 @@ def is_file(path: str) -> bool:
     return files.isfile(inner)
 
 
-def exists(media: Media) -> bool:
-    return isinstance(media, Embedded) or is_file(media)
+def check_exists(media: Media, what: str) -> None:
+    """Raises SampleError missing_file unless it is a file: pipes and devices would be waited for.
+
+    `what` it is, for the message.
+    """
+    try:
+        if isinstance(media, Embedded) or is_file(media):
+            return
+    except (OSError, ValueError) as error:  # a name that is too long, a folder that is closed
+        detail = f"the {what} cannot be looked up: {describe(error)}; it is {media}"
+        raise SampleError("missing_file", detail) from error
+    raise SampleError("missing_file", f"there is no {what} {media}, or it is no file")
 
 
 def decodable(media: Media) -> str | BinaryIO:

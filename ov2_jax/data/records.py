@@ -11,7 +11,6 @@ path}` with the file's bytes (the path is then a name only), or, in JSON, `{base
 import base64
 import binascii
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ov2_jax.data.config import SourceConfig, leaves
-from ov2_jax.data.errors import DataError, SampleError
+from ov2_jax.data.errors import DataError, SampleError, describe
 from ov2_jax.data.layouts import to_sample
 from ov2_jax.data.media import Embedded, Media, expand, is_file
 from ov2_jax.data.readers import Reader, open_reader
@@ -103,12 +102,18 @@ class RecordSource:
         parts = [_open(source) for source in sources]
         self._parts = [part for of_source in parts for part in of_source]
         self._ends = np.cumsum([len(part.reader) for part in self._parts])
-        self.sizes = tuple(sum(len(p.reader) for p in of_source) for of_source in parts)
+        self._files = tuple(tuple((p.file, len(p.reader)) for p in ps) for ps in parts)
+        self.sizes = tuple(sum(n for _, n in files) for files in self._files)
         if not len(self):
             raise DataError(f"There is no sample in {', '.join(s.path for s in sources)}.")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    @property
+    def files(self) -> tuple[tuple[tuple[str, int], ...], ...]:
+        """Of each source its files (or TFDS folder), and how many records each has."""
+        return self._files
 
     def __getitem__(self, index: int) -> RawRecord:
         which = int(np.searchsorted(self._ends, index, side="right"))
@@ -121,7 +126,7 @@ class RecordSource:
         except MemoryError:
             raise
         except Exception as error:  # libraries and storage raise anything; the run goes on
-            data = SampleError("bad_shard", f"{type(error).__name__}: {error}")
+            data = SampleError("bad_shard", describe(error))
         return RawRecord(
             data, file, reader.line(row), source.root_of(file), source.title, source.video
         )
@@ -212,13 +217,17 @@ def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+_FPS_RANGE = 1e-6, 1e6
+
+
 def _fps(raw: Mapping[str, Any], clips: int) -> tuple[float, ...]:
     value = raw.get("fps")
     if value is None:
         return ()
     values = value if isinstance(value, list) else [value]
-    if not all(_number(v) and math.isfinite(v) and v > 0 for v in values):
-        raise _bad(f"fps is {value!r}; it must be a positive number, or one a clip")
+    low, high = _FPS_RANGE
+    if not all(_number(v) and low <= v <= high for v in values):
+        raise _bad(f"fps is {value!r}; it must be a number from {low:g} to {high:g}, or one a clip")
     if len(values) not in (1, clips):
         raise _bad(f"fps has {len(values)} values for {clips} clips")
     return tuple(float(v) for v in values)

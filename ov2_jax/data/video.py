@@ -5,8 +5,10 @@ variable-frame-rate and badly cut files. A frame's time is its number / the aver
 for pictures, a rotation in the metadata is not applied.
 """
 
+import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import NamedTuple, TypeVar
 
@@ -14,14 +16,25 @@ import av
 import numpy as np
 from PIL import Image
 
-from ov2_jax.data.errors import SampleError
+from ov2_jax.data.errors import SampleError, describe
 from ov2_jax.data.images import resize
-from ov2_jax.data.media import Media, decodable, exists
+from ov2_jax.data.media import Media, check_exists, decodable, open_binary
 
 # A container may announce a few frames more than decode (cut at a non-key frame). More missing than
 # this share is a truncated file.
 MAX_MISSING_SHARE = 0.05
 DECODER_THREADS = 2  # more would fight over cores with the other workers
+# An 8K frame. A file of some kilobytes can hold frames of any size, and a decoder keeps up to 17 of
+# them, so FFmpeg is told the limit too: sizes can change in mid-stream.
+MAX_FRAME_PIXELS = 8192 * 4352
+# Containers that hold all of their data. Playlists and lists of files (HLS, DASH, concat, SDP, ...)
+# would have FFmpeg open other files, or wait for the network.
+_CONTAINERS = (
+    *("mov", "matroska", "avi", "mpegts", "mpeg", "mpegvideo", "flv", "asf", "ogg", "gif", "apng"),
+    *("mxf", "nut", "rm", "dv", "wtv", "ivf", "obu", "av1", "h264", "hevc", "m4v", "mjpeg", "vc1"),
+    *("yuv4mpegpipe", "swf", "nsv", "gxf", "h263", "mj2"),
+)
+_OPTIONS = {"max_pixels": str(MAX_FRAME_PIXELS), "format_whitelist": ",".join(_CONTAINERS)}
 
 
 T = TypeVar("T")
@@ -80,20 +93,68 @@ class Clock:
                 "video_timeout", f"{self._path} took longer than {self._limit:g} s to decode"
             )
 
-    def open(self) -> av.container.InputContainer:
+    def _open(self) -> av.container.InputContainer:
         self.check()
         left = max(self._end - time.monotonic(), 0.001)
-        return av.open(decodable(self._path), timeout=(left, left))
+        file = decodable(self._path)
+        if isinstance(file, str):
+            file = f"file:{file}"  # else FFmpeg takes what is before a colon for a protocol
+        try:
+            return av.open(file, timeout=(left, left), options=_OPTIONS)
+        except (av.error.InvalidDataError, av.error.ArgumentError) as error:
+            raise SampleError(
+                "bad_video",
+                f"{self._path} is no clip in a container such as MP4, Matroska or AVI, or its "
+                f"header is damaged: {error}",
+            ) from error
 
+    @contextmanager
+    def stream(self) -> Iterator[av.VideoStream]:
+        """The clip's first video stream, closed when done. Raises SampleError bad_video."""
+        with self._open() as container:
+            if not container.streams.video:
+                raise SampleError("bad_video", f"{self._path} has no video stream")
+            stream = container.streams.video[0]
+            if stream.height * stream.width > MAX_FRAME_PIXELS:
+                raise SampleError(
+                    "bad_video",
+                    f"{self._path} has frames of {stream.width}x{stream.height} pixels; at most "
+                    f"{MAX_FRAME_PIXELS} are decoded",
+                )
+            stream.codec_context.options = {"max_pixels": _OPTIONS["max_pixels"]}
+            yield stream
 
-def _count_frames(clock: Clock) -> int:
-    """Frames by counting packets, for containers that do not say (WebM, Matroska, ...)."""
-    with clock.open() as container:
-        count = 0
-        for packet in container.demux(video=0):
-            clock.check()
-            count += packet.size > 0 and not packet.is_discard
-    return count
+    def packets(self, stream: av.VideoStream) -> Iterator[av.Packet]:
+        for packet in stream.container.demux(stream):
+            self.check()
+            yield packet
+
+    def count_frames(self, stream: av.VideoStream) -> int:
+        """What an MP4's index says, else by counting packets: other containers do not say, or only
+        in a header field that nothing depends on; and a fragmented MP4's index has its first part
+        alone."""
+        if "mp4" in stream.container.format.name and stream.frames and not self._has_fragments():
+            return stream.frames
+        return sum(p.size > 0 and not p.is_discard for p in self.packets(stream))
+
+    def _has_fragments(self) -> bool:
+        """Whether an MP4 has a `moof` box beside its `moov`."""
+        file, at = decodable(self._path), 0
+        with open_binary(file) if isinstance(file, str) else file as opened:
+            while True:
+                self.check()
+                opened.seek(at)
+                head = opened.read(16)
+                if len(head) < 8:
+                    return False
+                size, kind = struct.unpack(">I4s", head[:8])
+                if kind == b"moof":
+                    return True
+                if size == 1 and len(head) == 16:
+                    (size,) = struct.unpack(">Q", head[8:])
+                if size < 8:  # 0: to the end of the file
+                    return False
+                at += size
 
 
 def _decode(
@@ -104,12 +165,10 @@ def _decode(
     Frames are resized as they come: 384 of them at 1080p would take 2.4 GB.
     """
     frames, seen = [], 0
-    with clock.open() as container:
-        stream = container.streams.video[0]
+    with clock.stream() as stream:
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = DECODER_THREADS
-        for packet in container.demux(stream):
-            clock.check()
+        for packet in clock.packets(stream):
             for frame in packet.decode():
                 if seen == numbers[len(frames)]:
                     frames.append(resize(frame.to_image(), *size))
@@ -159,8 +218,7 @@ def read_header(
 
 
 def _guarded(path: Media, timeout_s: float, read: Callable[[Clock], T]) -> T:
-    if not exists(path):
-        raise SampleError("missing_file", f"there is no clip {path}")
+    check_exists(path, "clip")
     clock = Clock(path, timeout_s)
     try:
         return read(clock)
@@ -168,19 +226,20 @@ def _guarded(path: Media, timeout_s: float, read: Callable[[Clock], T]) -> T:
         raise
     except Exception as error:  # PyAV maps FFmpeg's errors onto many classes
         clock.check()  # an interrupted read looks like any other broken one
-        raise SampleError("bad_video", f"{path}: {type(error).__name__}: {error}") from error
+        raise SampleError("bad_video", f"{path}: {describe(error)}") from error
 
 
 def _header(path: Media, sampling: Sampling, clock: Clock, fps: float | None) -> ClipHeader:
-    with clock.open() as container:
-        if not container.streams.video:
-            raise SampleError("bad_video", f"{path} has no video stream")
-        stream = container.streams.video[0]
-        height, width, announced = stream.height, stream.width, stream.frames
+    with clock.stream() as stream:
+        height, width = stream.height, stream.width
         rate: float | Fraction | None = fps or stream.average_rate or stream.guessed_rate
-    if not rate or not height or not width:
-        raise SampleError("bad_video", f"{path} states no frame rate or no size")
-    available = announced or _count_frames(clock)
+        if not rate or not height or not width:
+            raise SampleError(
+                "bad_video",
+                f"{path} states no frame rate or no size, or its frames have over "
+                f"{MAX_FRAME_PIXELS} pixels",
+            )
+        available = clock.count_frames(stream)
     if not available:
         raise SampleError("bad_video", f"{path} has no frames")
 

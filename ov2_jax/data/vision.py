@@ -24,8 +24,8 @@ from ov2_jax.data.codec import (
     time_runs,
 )
 from ov2_jax.data.config import DataConfig, PackConfig, leaves
-from ov2_jax.data.errors import SampleError
-from ov2_jax.data.media import Media
+from ov2_jax.data.errors import SampleError, describe
+from ov2_jax.data.media import Media, check_exists
 from ov2_jax.data.packing import SampleSize, fits_alone
 from ov2_jax.data.records import Canvases
 from ov2_jax.data.video import Clip, Sampling, read_clip, read_header
@@ -238,12 +238,14 @@ class VisionReader:
             # A timestamp's run has at least two tokens beside its placeholders.
             size.check(groups * (patches // unit + 2), [patches] * groups)
 
-        try:
-            scores = None if bit_cost is None else FileScores(bit_cost)
-        except FileNotFoundError as error:
-            raise SampleError("missing_file", f"there are no bit costs {bit_cost}") from error
-        except (ValueError, OSError, EOFError) as error:
-            raise SampleError("bad_record", str(error)) from error
+        scores = None
+        if bit_cost is not None:
+            check_exists(bit_cost, "bit-cost file")
+            try:
+                scores = FileScores(bit_cost)
+            except Exception as error:  # NumPy and zipfile raise many classes
+                detail = f"{bit_cost} is no file of bit costs: {describe(error)}"
+                raise SampleError("bad_record", detail) from error
         clip = read_codec_clip(
             video,
             self._codec,

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ov2_jax.data.errors import SampleError
+from ov2_jax.data.errors import SampleError, describe
 from ov2_jax.data.images import load_image, patchify, resize
-from ov2_jax.data.media import Media, decodable
+from ov2_jax.data.media import Media, check_exists, decodable
 
 
 class Assets(NamedTuple):
@@ -86,12 +86,11 @@ def read_pictures(
 
 def _load(path: Media) -> np.ndarray:
     """[n 3] whole numbers."""
+    check_exists(path, "positions file")
     try:
         where = np.load(decodable(path), allow_pickle=False)
-    except FileNotFoundError as error:
-        raise SampleError("missing_file", f"there are no positions {path}") from error
-    except (ValueError, OSError, EOFError) as error:
-        raise SampleError("bad_record", f"{path} is no .npy file: {error}") from error
+    except Exception as error:  # also MemoryError, where the header announces what is not there
+        raise SampleError("bad_record", f"{path} is no .npy file: {describe(error)}") from error
     if (
         not isinstance(where, np.ndarray)
         or where.ndim != 2

@@ -24,9 +24,9 @@ from ov2_jax.data.codec.select import (
     fewest_groups,
     select_blocks,
 )
-from ov2_jax.data.errors import SampleError
-from ov2_jax.data.media import Media, exists
-from ov2_jax.data.video import DECODER_THREADS, MAX_MISSING_SHARE, Clock
+from ov2_jax.data.errors import SampleError, describe
+from ov2_jax.data.media import Media, check_exists
+from ov2_jax.data.video import DECODER_THREADS, MAX_FRAME_PIXELS, MAX_MISSING_SHARE, Clock
 
 # Only frames that look flat or green at a glance are converted to be judged: brightness that hardly
 # varies (limits of bad.py: 6), or both colour differences well below their middle, 128.
@@ -72,8 +72,7 @@ def read_codec_clip(
     frames are the way, and SampleError missing_file, bad_video or video_timeout.
     """
     config.check_even_blocks()
-    if not exists(path):
-        raise SampleError("missing_file", f"there is no clip {path}")
+    check_exists(path, "clip")
     clock = Clock(path, timeout_s)
     try:
         return _read(path, config, clock, scores or StreamScores(), fps, check)
@@ -81,7 +80,7 @@ def read_codec_clip(
         raise
     except Exception as error:  # PyAV maps FFmpeg's errors onto many classes
         clock.check()  # an interrupted read looks like any other broken one
-        raise SampleError("bad_video", f"{path}: {type(error).__name__}: {error}") from error
+        raise SampleError("bad_video", f"{path}: {describe(error)}") from error
 
 
 def _read(
@@ -115,22 +114,22 @@ def _read(
 
 
 def _scan(path: Media, clock: Clock, fps: float | None) -> _Packets:
-    with clock.open() as container:
-        if not container.streams.video:
-            raise SampleError("bad_video", f"{path} has no video stream")
-        stream = container.streams.video[0]
+    with clock.stream() as stream:
         height, width = stream.height, stream.width
         rate = fps or stream.average_rate or stream.guessed_rate
         order, bits = [], {}
-        for packet in container.demux(stream):
-            clock.check()
+        for packet in clock.packets(stream):
             if packet.size > 0 and not packet.is_discard:
                 time = packet.pts if packet.pts is not None else packet.dts
                 order.append((len(order) if time is None else time, packet.is_keyframe))
                 if packet.pts is not None:
                     bits[packet.pts] = 8 * packet.size
     if not rate or not height or not width:
-        raise SampleError("bad_video", f"{path} states no frame rate or no size")
+        raise SampleError(
+            "bad_video",
+            f"{path} states no frame rate or no size, or its frames have over "
+            f"{MAX_FRAME_PIXELS} pixels",
+        )
     if not order:
         raise SampleError("bad_video", f"{path} has no frames")
     order.sort(key=lambda entry: entry[0])  # of display
@@ -200,15 +199,13 @@ def _decode(
     """The sampled frames that exist, and how many frames were seen."""
     wanted = set(numbers.tolist())
     pictures, seen = _Pictures(len(numbers), hw), 0
-    with clock.open() as container:
-        stream = container.streams.video[0]
+    with clock.stream() as stream:
         # Threads by slices, not by frames: a frame thread exports the vectors of a B frame that
         # another may still be decoding, so scores would differ from run to run.
         stream.thread_type = "SLICE"
         stream.codec_context.thread_count = DECODER_THREADS
         stream.codec_context.flags2 |= Flags2.export_mvs
-        for packet in container.demux(stream):
-            clock.check()
+        for packet in clock.packets(stream):
             for frame in packet.decode():
                 take = seen in wanted
                 scores.add(seen, frame, packets.bits.get(frame.pts), take)

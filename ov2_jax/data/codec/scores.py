@@ -69,9 +69,10 @@ class FileScores:
                 )
             self._bit_cost = arrays["bit_cost"]
         self._path = path
-        if self._bit_cost.ndim != 3 or 0 in self._bit_cost.shape:
+        shape, kind = self._bit_cost.shape, self._bit_cost.dtype
+        if len(shape) != 3 or 0 in shape or kind.kind not in "iuf":
             raise ValueError(
-                f"bit_cost of {path} has shape {self._bit_cost.shape}; it must be [frames rows "
+                f"bit_cost of {path} is {kind} of shape {shape}; it must be numbers [frames rows "
                 "columns]."
             )
 

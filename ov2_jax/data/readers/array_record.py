@@ -2,7 +2,7 @@
 
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from ov2_jax.data.errors import DataError, SampleError
+from ov2_jax.data.errors import DataError, SampleError, describe
 from ov2_jax.data.media import is_remote
 
 
@@ -21,8 +21,8 @@ class ArrayRecordReader:
         self._source, self._broken = None, ""
         try:
             self._source = ArrayRecordDataSource([file])
-        except (ValueError, RuntimeError, OSError) as error:
-            self._broken = str(error)
+        except Exception as error:
+            self._broken = describe(error)
         if self._source is not None and len(self._source) and self._is_example():
             raise DataError(
                 f"{file} holds tf.train.Example records, not JSON texts; if TensorFlow Datasets "
@@ -34,7 +34,7 @@ class ArrayRecordReader:
         try:
             record = self._source[0]
             return record[:1] == b"\x0a" and record.lstrip()[:1] != b"{"
-        except (ValueError, RuntimeError, OSError):
+        except Exception:  # said when it is read
             return False
 
     def __len__(self) -> int:
@@ -50,5 +50,5 @@ class ArrayRecordReader:
             )
         try:
             return self._source[index]
-        except (ValueError, RuntimeError, IndexError) as error:
-            raise SampleError("bad_shard", f"record {index}: {error}") from error
+        except Exception as error:  # whatever its decoders raise
+            raise SampleError("bad_shard", f"record {index + 1}: {describe(error)}") from error

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ov2_jax.data.errors import DataError, SampleError
+from ov2_jax.data.errors import DataError, SampleError, describe
 from ov2_jax.data.layouts import layout_of
 from ov2_jax.data.media import open_binary
 
@@ -35,8 +35,13 @@ class ParquetReader:
                     parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)
                 ]
                 columns = parquet.schema_arrow.names
-        except (pyarrow.ArrowException, OSError) as error:
-            groups, columns, self._broken = [1], ["messages"], str(error)
+                if any(n < 0 for n in groups) or sum(groups) != parquet.metadata.num_rows:
+                    raise ValueError(
+                        f"its row groups have {sum(groups)} rows, but it says "
+                        f"{parquet.metadata.num_rows}"
+                    )
+        except Exception as error:  # a damaged footer can be anything, also names of other bytes
+            groups, columns, self._broken = [1], ["messages"], describe(error)
         self._columns = layout_of(columns, file)[1]
         self._ends = np.cumsum(groups, dtype=np.int64)
 
@@ -71,10 +76,15 @@ class ParquetReader:
             try:
                 with (
                     open_binary(self._file) as opened,
-                    pyarrow.parquet.ParquetFile(opened) as parquet,
+                    pyarrow.parquet.ParquetFile(opened, page_checksum_verification=True) as parquet,
                 ):
                     table = parquet.read_row_group(group, self._columns, use_threads=False)
+                    rows = parquet.metadata.row_group(group).num_rows
             except (pyarrow.ArrowException, OSError) as error:
                 raise SampleError("bad_shard", f"row group {group}: {error}") from error
+            if table.num_rows != rows:
+                raise SampleError(
+                    "bad_shard", f"row group {group} has {table.num_rows} of its {rows} rows"
+                )
             kept = self._local.kept = (group, table)
         return kept[1]

@@ -62,8 +62,14 @@ class TarReader:
                 opened.seek(0)
                 with tarfile.open(fileobj=opened, mode="r:") as tar:
                     for info in tar:
+                        if info.size < 0:  # would lead back, for ever
+                            raise tarfile.ReadError(f"{info.name} has the size {info.size}")
                         if not info.isreg():
                             continue
+                        if info.issparse():
+                            raise tarfile.ReadError(
+                                f"{info.name} is stored as a sparse file; write it whole"
+                            )
                         if info.offset_data + info.size > size:
                             raise tarfile.ReadError(f"{info.name} ends behind the file's end")
                         key, part = _key(info.name)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ov2_jax.data.errors import DataError, SampleError
+from ov2_jax.data.errors import DataError, SampleError, describe
 from ov2_jax.data.layouts import layout_of
 from ov2_jax.data.media import Embedded
 
@@ -61,7 +61,7 @@ class TfdsReader:
         except SampleError:
             raise
         except Exception as error:  # whatever its decoders raise on damaged records
-            raise SampleError("bad_shard", f"{type(error).__name__}: {error}") from error
+            raise SampleError("bad_shard", describe(error)) from error
 
 
 def _plain(value: Any, feature: Any, name: str) -> Any:
