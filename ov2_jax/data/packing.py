@@ -79,6 +79,7 @@ class Pack:
         self.most_tokens = config.seq_len  # room in the emptiest text row
         self.patches = config.patch_slots  # room for patches in all
         self.largest = max(self.widths, default=0)  # room in the emptiest vision row
+        self.holds: dict[int, int] = {}  # windows of a width for which there was no more room
 
     def _window(self, width: int) -> _Chunk | None:
         """Best fit in the smallest class with room; takes the room."""
@@ -117,6 +118,8 @@ class Pack:
                     break
             if count:
                 self.rows = before
+                if width == runs[0][0]:
+                    self.holds[width] = runs[0][1] - count
                 return None
         self.largest = max([rows[-1] for rows in self.rows]) >> _ROW
         return chunks
@@ -135,7 +138,10 @@ class Pack:
                     return None
                 chunks = (chunk,)
             else:
-                found = self._windows(runs) if runs[0][0] <= self.largest else None
+                width, count = runs[0]
+                if width > self.largest or count > self.holds.get(width, count):
+                    return None
+                found = self._windows(runs)
                 if found is None:
                     return None
                 chunks = found
@@ -182,7 +188,7 @@ class Waiting:
     def _bucket(largest: int) -> int:
         """Windows of a list differ by at most an eighth; text has a list of its own."""
         bits = largest.bit_length()
-        return 8 * (bits - 3) + (largest >> bits - 4 & 7) if bits > 3 else largest
+        return 4 * (bits - 2) + (largest >> bits - 3 & 3) if bits > 2 else largest
 
     def add(self, name: int, tokens: int, patches: int, runs: Runs) -> None:
         """A new sample of so many patches in all. `name` is given back when it is packed."""
@@ -192,7 +198,7 @@ class Waiting:
         bucket = self._bucket(largest)
         if bucket not in self._lists:
             self._lists[bucket] = []
-            self._smallest[bucket] = (8 | bucket & 7) << bucket // 8 - 1 if bucket > 7 else bucket
+            self._smallest[bucket] = (4 | bucket & 3) << bucket // 4 - 1 if bucket > 3 else bucket
         insort(self._lists[bucket], (-self.share(tokens, patches) << _AGE) + age)
         if patches > self._density * tokens:
             self._density = patches / max(tokens, 1)
@@ -227,11 +233,12 @@ class Waiting:
                 placed.append(done)
                 del waiting[i], samples[code & _AGE_MASK]
             # On to the next of this list that may fit: first by its share, then by its numbers.
-            room = most = pack.most_tokens
-            if bucket:
-                free = int(min(pack.patches, self._density * room + 1))
-                room = max(room, -(-free * self._token_slots // self._patch_slots))
-            if i < len(waiting) and waiting[i] >> _AGE < -room:
+            most = pack.most_tokens
+            if i < len(waiting) and waiting[i] >> _AGE < -most:
+                room = most
+                if bucket:
+                    free = int(min(pack.patches, self._density * most + 1))
+                    room = max(most, -(-free * self._token_slots // self._patch_slots))
                 i = bisect_left(waiting, -room << _AGE, i)
             for k in range(i, len(waiting)):
                 code = waiting[k]
