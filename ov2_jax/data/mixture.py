@@ -79,8 +79,8 @@ class Mixture:
     """The endless order of reading: `mixture[n]` is the n-th RawRecord, for any n."""
 
     def __init__(self, sources: Sequence[SourceConfig], *, seed: int, shuffle: bool) -> None:
-        self._records = RecordSource(sources)
-        sizes = self._records.sizes
+        self.records = RecordSource(sources)
+        sizes = self.records.sizes
         self.names = tuple(leaf.title for leaf in leaves(sources))
         self.draws = epoch_draws(sources, sizes)
         self.epoch = sum(self.draws)
@@ -101,7 +101,7 @@ class Mixture:
         return sys.maxsize
 
     def __getitem__(self, ordinal: int) -> RawRecord:
-        return self._records[self.locate(ordinal)[1]]
+        return self.records[self.locate(ordinal)[1]]
 
     def locate(self, ordinal: int) -> tuple[int, int]:
         """The data set's number, and the record's index among all records."""

@@ -1,0 +1,191 @@
+"""Training by a plan: which packs a step has, and how they are made.
+
+The order is a function of (plan, seed, pack number): packs are numbered endlessly, P of them are a
+pass through the plan, and each pass has an order of its own. A step of G packs takes the next G,
+process i of N its contiguous share of them. The state is the next pack's number, so a run goes on
+after a change of processes, workers or packs a step without a sample lost or repeated.
+
+A plan's pack is read as its samples are: encoded here, or read from packed shards. A sample that
+turns out bad, or of another length than planned, leaves its place empty.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from ov2_jax.data.batch import Batch
+from ov2_jax.data.config import DataConfig, PackConfig
+from ov2_jax.data.encode import SampleEncoder
+from ov2_jax.data.errors import Rejected
+from ov2_jax.data.packing import PackInfo, build_pack, place_pack
+from ov2_jax.data.prepared import Plan
+from ov2_jax.data.reading import read_in_order
+from ov2_jax.data.records import RecordSource
+from ov2_jax.data.sample import EncodedSample
+from ov2_jax.data.steps import Progress, Read, StepInfo, check_identity
+from ov2_jax.model.config import ModelConfig
+
+# A pack of 32768 tokens has some 100 MB of patches.
+_PACKS_AHEAD = 4
+
+Samples = list[EncodedSample | Rejected]
+
+
+class PackOrder:
+    """`order[n]` is the plan's pack that training reads n-th, for any n.
+
+    Where several epochs of the mixture were planned they follow one another, each in an order of
+    its own, and then come again in other orders.
+    """
+
+    def __init__(self, epochs: Sequence[int], *, seed: int, shuffle: bool) -> None:
+        self._ends = np.cumsum(epochs)
+        self._epochs = epochs
+        self._orders = []
+        for i, packs in enumerate(epochs):
+            order = grain.MapDataset.range(packs)
+            if shuffle:
+                own = int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
+                order = order.shuffle(seed=own)
+            self._orders.append(order)
+
+    def __getitem__(self, number: int) -> int:
+        again, place = divmod(int(number), int(self._ends[-1]))
+        epoch = int(np.searchsorted(self._ends, place, side="right"))
+        packs = self._epochs[epoch]
+        start = int(self._ends[epoch]) - packs
+        return start + int(self._orders[epoch][again * packs + place - start])
+
+
+class _Share:
+    """This process's packs from a pack number on, endlessly."""
+
+    def __init__(self, order: PackOrder, start: int, packs: int, index: int, count: int) -> None:
+        self._order, self._start, self._packs = order, start, packs
+        self._own, self._index = packs // count, index
+
+    def __len__(self) -> int:
+        return 2**62
+
+    def __getitem__(self, ordinal: int) -> int:
+        step, place = divmod(int(ordinal), self._own)
+        return self._order[self._start + step * self._packs + self._index * self._own + place]
+
+
+class PackEncoder:
+    """The samples of pack n of a plan, encoded: `packs(n)`."""
+
+    def __init__(self, plan: Plan, records: RecordSource, encoder: SampleEncoder) -> None:
+        self._plan, self._records, self._encoder = plan, records, encoder
+
+    def __call__(self, pack: int) -> Samples:
+        return [self._sample(int(record)) for record in self._plan.members(pack)]
+
+    def _sample(self, record: int) -> EncodedSample | Rejected:
+        sample = self._encoder(self._records[record])
+        if isinstance(sample, Rejected):
+            return sample
+        tokens, windows = self._plan.size(record)
+        got = sample.windows.tolist()
+        if len(sample.tokens) == tokens and got == list(windows):
+            return sample
+        detail = (
+            f"it has {len(sample.tokens)} tokens and {len(got)} windows of {sum(got)} patches, in "
+            f"the plan {tokens}, {len(windows)} and {sum(windows)}; if the data changed, prepare "
+            "it anew"
+        )
+        return Rejected("plan_mismatch", detail, sample.id, sample.file, sample.line)
+
+
+class MadePack(NamedTuple):
+    """A pack, and what became of its samples."""
+
+    batch: Batch
+    info: PackInfo
+    samples: tuple[Read | Rejected, ...]
+
+
+class PackMaker:
+    """Reads, places and builds pack n of a plan. Holds no state: for threads and processes."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        read: Callable[[int], Samples],
+        config: PackConfig,
+        model: ModelConfig,
+    ) -> None:
+        self._plan, self._read, self._config, self._model = plan, read, config, model
+
+    def __call__(self, pack: int) -> MadePack:
+        sizes = [self._plan.size(int(record)) for record in self._plan.members(pack)]
+        samples = self._read(pack)
+        placements = [
+            place
+            for place in place_pack(sizes, self._config)
+            if not isinstance(samples[place.sample], Rejected)
+        ]
+        batch, info = build_pack(samples, placements, self._config, self._model)
+        reads = tuple(s if isinstance(s, Rejected) else Read.of(s) for s in samples)
+        return MadePack(batch, info, reads)
+
+
+class PlannedIterator(grain.DatasetIterator):
+    """Steps of `packs` packs by a plan; this process's share of them, and counts."""
+
+    def __init__(
+        self,
+        order: PackOrder,
+        maker: PackMaker,
+        data: DataConfig,
+        pack: PackConfig,
+        packs: int,
+        process_index: int,
+        process_count: int,
+        progress: Progress,
+        identity: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        self._order, self._maker, self._data, self._pack = order, maker, data, pack
+        self._packs, self._index, self._count = packs, process_index, process_count
+        self._progress, self._identity = progress, identity
+        self._upstream: grain.DatasetIterator | None = None
+        self._next = 0
+
+    def __next__(self) -> tuple[Batch, StepInfo]:
+        if self._upstream is None:
+            share = _Share(self._order, self._next, self._packs, self._index, self._count)
+            packs = grain.MapDataset.source(share).map(self._maker)
+            self._upstream = iter(read_in_order(packs, self._data.num_workers, ahead=_PACKS_AHEAD))
+        made = [next(self._upstream) for _ in range(self._packs // self._count)]
+        self._next += self._packs
+        for pack in made:
+            for sample in pack.samples:
+                self._progress.read(sample)
+                if isinstance(sample, Read):
+                    self._progress.packed(sample)
+        return self._progress.step([m.batch for m in made], [m.info for m in made], self._pack)
+
+    def get_state(self) -> dict[str, Any]:
+        return {
+            "identity": dict(self._identity),
+            "next": self._next,
+            **self._progress.get_state(),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        check_identity(self._identity, state)
+        self._close_upstream()
+        self._next = state["next"]
+        self._progress.set_state(state)
+
+    def _close_upstream(self) -> None:
+        if self._upstream is not None:
+            self._upstream.close()
+            self._upstream = None
+
+    def close(self) -> None:
+        self._close_upstream()
+        super().close()
