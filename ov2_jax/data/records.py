@@ -102,18 +102,14 @@ class RecordSource:
         parts = [_open(source) for source in sources]
         self._parts = [part for of_source in parts for part in of_source]
         self._ends = np.cumsum([len(part.reader) for part in self._parts])
-        self._files = tuple(tuple((p.file, len(p.reader)) for p in ps) for ps in parts)
-        self.sizes = tuple(sum(n for _, n in files) for files in self._files)
+        # Of each source its files (or TFDS folder), and how many records each has.
+        self.files = tuple(tuple((p.file, len(p.reader)) for p in ps) for ps in parts)
+        self.sizes = tuple(sum(n for _, n in files) for files in self.files)
         if not len(self):
             raise DataError(f"There is no sample in {', '.join(s.path for s in sources)}.")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
-
-    @property
-    def files(self) -> tuple[tuple[tuple[str, int], ...], ...]:
-        """Of each source its files (or TFDS folder), and how many records each has."""
-        return self._files
 
     def __getitem__(self, index: int) -> RawRecord:
         which = int(np.searchsorted(self._ends, index, side="right"))
