@@ -21,7 +21,7 @@ from conversion.errors import ConversionError
 from ov2_jax.checkpoint_dir import CheckpointError
 from ov2_jax.data.errors import DataError
 from ov2_jax.data.inspect_page import Collector, render
-from ov2_jax.data.inspect_road import Road
+from ov2_jax.data.inspect_road import open_road
 from ov2_jax.data.tokenizer import load_tokenizer
 from ov2_jax.model.config import ConfigError
 from ov2_jax.train import parse_flags  # and --config with its overrides
@@ -58,7 +58,7 @@ def inspect_data(
     )
     with Progress(*columns, transient=True) as progress:
         bar = progress.add_task("samples", total=count)
-        road = Road(
+        road = open_road(
             experiment.data,
             experiment.pack,
             experiment.model,
@@ -77,7 +77,8 @@ def inspect_data(
             road.rejected,
             title=title,
             command=command,
-            read=road.read,
+            aside=road.aside,
+            origin=road.origin,
             epoch=road.epoch,
             seed=experiment.seed,
             pack=experiment.pack,

@@ -4,16 +4,21 @@ Nothing is encoded here: what is shown is read back from the Batch that build_pa
 through `vision_index`, as the model gathers them.
 """
 
-from collections.abc import Callable, Iterator
+import abc
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import grain
 import numpy as np
 
 from ov2_jax.data.batch import IGNORE, Batch
-from ov2_jax.data.config import DataConfig, PackConfig
+from ov2_jax.data.config import DataConfig, PackConfig, leaves
 from ov2_jax.data.encode import SampleEncoder
 from ov2_jax.data.errors import Rejected
+from ov2_jax.data.fingerprint import encoding_inputs
+from ov2_jax.data.loader import _open_plan, _packed
 from ov2_jax.data.mixture import Mixture
 from ov2_jax.data.packing import (
     PackInfo,
@@ -23,14 +28,17 @@ from ov2_jax.data.packing import (
     build_pack,
     place_pack,
 )
+from ov2_jax.data.planned import PackEncoder, PackOrder
+from ov2_jax.data.prepared import Plan
+from ov2_jax.data.reading import read_in_order
 from ov2_jax.data.sample import EncodedSample
 from ov2_jax.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_THREADS = 4
-_READ_AHEAD = 8
+_READ_AHEAD = 8  # samples
+_PACKS_AHEAD = 2
 
 TEXT, VISION, LOSS = range(3)  # kinds of tokens
 
@@ -60,73 +68,166 @@ class SeenPack(NamedTuple):
     samples: tuple[SeenSample, ...]
 
 
-class Road:
+# Samples that wait, bad ones among them, and where those of this pack go.
+_Chosen = tuple[Sequence[EncodedSample | Rejected], Sequence[Placement]]
+
+
+class Road(abc.ABC):
     """An iterator over the packs that hold the first `count` samples (at most one epoch).
 
-    The order is that of a run with one process. As in training the look-ahead is kept full, so a
-    few more samples are read than are packed. `rejected` has every bad sample once; unlike a run
+    The order is that of a run with one process. `rejected` has every bad sample once; unlike a run
     this does not stop at data.max_reject_share, as it is here that one looks for the cause.
+    `progress` is told the samples so far and their number. Raises ConfigError and DataError where
+    the data or the plan cannot be used.
     """
 
+    names: tuple[str, ...]  # of the data sets
+    epoch: int  # samples
+    origin: str  # how packs were chosen
+    aside: str  # what `rejected` is counted against
+
     def __init__(
-        self,
-        data: DataConfig,
-        pack: PackConfig,
-        model: ModelConfig,
-        tokenizer: "PreTrainedTokenizerFast",
-        *,
-        seed: int,
-        count: int,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        self, pack: PackConfig, model: ModelConfig, count: int, progress: Callable[[int, int], None]
     ) -> None:
-        encoder = SampleEncoder(data, model, tokenizer, pack, seed=seed)
-        mixture = Mixture(data.sources, seed=seed, shuffle=data.shuffle)
-        self._samples = grain.MapDataset.source(mixture).map(encoder)
-        self._lookahead, self._pack, self._model = data.lookahead, pack, model
-        self.names = mixture.names
-        self.epoch = mixture.epoch
-        self.count = min(count, mixture.epoch)
-        self.read = 0
+        self._pack, self._model, self._progress = pack, model, progress
+        self.count = min(count, self.epoch)
         self._rejected: dict[tuple[str, int], Rejected] = {}
-        self._progress = progress
 
     @property
     def rejected(self) -> tuple[Rejected, ...]:
         return tuple(self._rejected.values())
 
-    def __iter__(self) -> Iterator[SeenPack]:
-        options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_READ_AHEAD)
-        upstream = iter(self._samples.to_iter_dataset(options))
-        try:
-            yield from self._packs(upstream)
-        finally:
-            upstream.close()
+    def _set_aside(self, sample: Rejected) -> None:
+        self._rejected.setdefault((sample.file, sample.line), sample)
 
-    def _packs(self, upstream: grain.DatasetIterator) -> Iterator[SeenPack]:
-        buffer: list[EncodedSample] = []
-        packed, bad = 0, 0
-        while packed + bad < self.count:
-            while len(buffer) < self._lookahead:
-                sample = next(upstream)
-                self.read += 1
-                if isinstance(sample, Rejected):
-                    bad += 1
-                    self._rejected.setdefault((sample.file, sample.line), sample)
-                    if not buffer and not packed and bad >= self.count:
-                        return  # nothing of an epoch can be used
-                    continue
-                buffer.append(sample)
-                self._progress(min(self.read, self.count), self.count)
-            sizes = [SampleSize(len(s.tokens), tuple(s.windows.tolist())) for s in buffer]
-            placements = place_pack(sizes, self._pack)
-            batch, info = build_pack(buffer, placements, self._pack, self._model)
+    @abc.abstractmethod
+    def _choose(self) -> Iterator[_Chosen]: ...
+
+    def __iter__(self) -> Iterator[SeenPack]:
+        for samples, placements in self._choose():
+            batch, info = build_pack(samples, placements, self._pack, self._model)
             seen = tuple(
-                _seen(buffer[p.sample], p, batch, self._pack, self._model) for p in placements
+                _seen(samples[p.sample], p, batch, self._pack, self._model) for p in placements
             )
             yield SeenPack(info, seen)
-            packed += len(placements)
-            gone = {p.sample for p in placements}
-            buffer = [sample for i, sample in enumerate(buffer) if i not in gone]
+
+
+class LookaheadRoad(Road):
+    """Without a plan. As in training the look-ahead is kept full, so a few more samples are read
+    than are packed."""
+
+    origin = "chosen from the look-ahead"
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        encoder: SampleEncoder,
+        lookahead: int,
+        pack: PackConfig,
+        model: ModelConfig,
+        count: int,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self.names, self.epoch = mixture.names, mixture.epoch
+        super().__init__(pack, model, count, progress)
+        self._samples = grain.MapDataset.source(mixture).map(encoder)
+        self._lookahead, self._read = lookahead, 0
+
+    @property
+    def aside(self) -> str:
+        return f"of {self._read} read"
+
+    def _choose(self) -> Iterator[_Chosen]:
+        upstream = iter(read_in_order(self._samples, 0, ahead=_READ_AHEAD))
+        buffer: list[EncodedSample] = []
+        packed, bad = 0, 0
+        with contextlib.closing(upstream):
+            while packed + bad < self.count:
+                while len(buffer) < self._lookahead:
+                    sample = next(upstream)
+                    self._read += 1
+                    self._progress(min(self._read, self.count), self.count)
+                    if not isinstance(sample, Rejected):
+                        buffer.append(sample)
+                        continue
+                    bad += 1
+                    self._set_aside(sample)
+                    if not buffer and not packed and bad >= self.count:
+                        return  # nothing of an epoch can be used
+                sizes = [SampleSize(len(s.tokens), tuple(s.windows.tolist())) for s in buffer]
+                placements = place_pack(sizes, self._pack)
+                yield buffer, placements
+                packed += len(placements)
+                gone = {p.sample for p in placements}
+                buffer = [sample for i, sample in enumerate(buffer) if i not in gone]
+
+
+class PlannedRoad(Road):
+    """By a plan; what was set aside when it was made is listed as well."""
+
+    origin = "of the plan"
+
+    def __init__(
+        self,
+        plan: Plan,
+        read: Callable[[int], list[EncodedSample | Rejected]],
+        order: PackOrder,
+        names: tuple[str, ...],
+        pack: PackConfig,
+        model: ModelConfig,
+        count: int,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self.names = names
+        self.epoch = plan.info.samples // len(plan.info.epochs)
+        super().__init__(pack, model, count, progress)
+        self._plan, self._read, self._order = plan, read, order
+        for line in (plan.folder / "rejected.jsonl").read_text().splitlines():
+            self._set_aside(Rejected(**json.loads(line)))
+        self.aside = f"beside {plan.info.samples} in the plan"
+
+    def _choose(self) -> Iterator[_Chosen]:
+        packs = grain.MapDataset.range(self._plan.packs).map(self._order.__getitem__)
+        upstream = iter(read_in_order(packs.map(self._pack_of), 0, ahead=_PACKS_AHEAD))
+        packed = 0
+        with contextlib.closing(upstream):
+            for samples, placements in upstream:
+                for sample in samples:
+                    if isinstance(sample, Rejected):
+                        self._set_aside(sample)
+                yield samples, placements
+                packed += len(samples)
+                self._progress(min(packed, self.count), self.count)
+                if packed >= self.count:
+                    return
+
+    def _pack_of(self, number: int) -> _Chosen:
+        sizes = [self._plan.size(int(record)) for record in self._plan.members(number)]
+        samples = self._read(number)
+        placements = place_pack(sizes, self._pack)
+        return samples, [p for p in placements if not isinstance(samples[p.sample], Rejected)]
+
+
+def open_road(
+    data: DataConfig,
+    pack: PackConfig,
+    model: ModelConfig,
+    tokenizer: "PreTrainedTokenizerFast",
+    *,
+    seed: int,
+    count: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Road:
+    """The road that make_loader takes with the same arguments."""
+    encoder = SampleEncoder(data, model, tokenizer, pack, seed=seed)
+    if data.plan is None:
+        mixture = Mixture(data.sources, seed=seed, shuffle=data.shuffle)
+        return LookaheadRoad(mixture, encoder, data.lookahead, pack, model, count, progress)
+    plan, records = _open_plan(data, encoding_inputs(data, model, pack, tokenizer, seed))
+    read = PackEncoder(plan, records, encoder) if records else _packed(plan)
+    order = PackOrder(plan.info.epochs, seed=seed, shuffle=data.shuffle)
+    names = tuple(source.title for source in leaves(data.sources))
+    return PlannedRoad(plan, read, order, names, pack, model, count, progress)
 
 
 def _seen(
