@@ -20,12 +20,20 @@ from ov2_jax.model.normalize import IMAGE_MEAN, IMAGE_STD
 MODEL_REPOSITORY = "lmms-lab-encoder/LLaVA-OneVision-2-8B-Instruct"
 ENCODER_REPOSITORY = "lmms-lab-encoder/onevision-encoder-large"
 
-_MODEL_CLASS = "modeling_llava_onevision2.LlavaOnevision2ForConditionalGeneration"
-_MODEL_AUTO_MAP = {
-    "AutoConfig": "configuration_llava_onevision2.LlavaOnevision2Config",
-    "AutoModelForCausalLM": _MODEL_CLASS,
-    "AutoModelForImageTextToText": _MODEL_CLASS,
-}
+_MODEL_CLASS = "LlavaOnevision2ForConditionalGeneration"
+
+
+def _model_auto_map(suffix: str, config: str) -> dict[str, str]:
+    model = f"modeling_llava_onevision2{suffix}.{_MODEL_CLASS}"
+    return {
+        "AutoConfig": f"configuration_llava_onevision2{suffix}.{config}",
+        "AutoModelForCausalLM": model,
+        "AutoModelForImageTextToText": model,
+    }
+
+
+_MODEL_AUTO_MAP = _model_auto_map("", "LlavaOnevision2Config")
+_MOE_AUTO_MAP = _model_auto_map("_moe", "LlavaOnevision2MoeConfig")
 _PROCESSOR_CLASS = "processing_llava_onevision2.Llava_Onevision2Processor"
 _ENCODER_AUTO_MAP = {
     "AutoConfig": "configuration_onevision_encoder.OneVisionEncoderConfig",
@@ -147,9 +155,12 @@ def complete(
     written = []
     raw = read_json(folder / "config.json")
     full = isinstance(config, ModelConfig)
+    classes = _ENCODER_AUTO_MAP
+    if isinstance(config, ModelConfig):
+        classes = _MOE_AUTO_MAP if config.text.num_experts else _MODEL_AUTO_MAP
     changed = _complete_auto_map(
         raw,
-        _MODEL_AUTO_MAP if full else _ENCODER_AUTO_MAP,
+        classes,
         MODEL_REPOSITORY if full else ENCODER_REPOSITORY,
         folder,
     )

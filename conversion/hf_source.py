@@ -1,5 +1,6 @@
 """A Hugging Face folder seen as our parameters: checked by the key table, read by the slice."""
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -67,29 +68,22 @@ def overlaps(leaf: Leaf, index: Index) -> list[tuple[Entry, Index, tuple[int | s
     """
     found = []
     ranges = [bounds(s, n) for s, n in zip(index, leaf.shape, strict=True)]
-    for entry in leaf.entries:
-        inner = ranges
-        lead: tuple[int, ...] = ()
-        if leaf.stacked:
-            first, last = ranges[0]
-            if not first <= entry.layer < last:
+    outer, inner = ranges[: len(leaf.lead)], ranges[len(leaf.lead) :]
+    own = tuple(slice(a, b) for a, b in inner[:-1])
+    for place in itertools.product(*(range(*r) for r in outer)):
+        lead = tuple(n - start for n, (start, _) in zip(place, outer, strict=True))
+        for entry in leaf.by_lead[place]:
+            low = max(inner[-1][0], entry.last_axis.start)
+            high = min(inner[-1][1], entry.last_axis.stop)
+            if low >= high:
                 continue
-            lead = (entry.layer - first,)
-            inner = ranges[1:]
-        low, high = (
-            max(inner[-1][0], entry.last_axis.start),
-            min(inner[-1][1], entry.last_axis.stop),
-        )
-        if low >= high:
-            continue
-        own = tuple(slice(a, b) for a, b in inner[:-1])
-        found.append(
-            (
-                entry,
-                (*own, slice(low - entry.last_axis.start, high - entry.last_axis.start)),
-                (*lead, ..., slice(low - inner[-1][0], high - inner[-1][0])),
+            found.append(
+                (
+                    entry,
+                    (*own, slice(low - entry.last_axis.start, high - entry.last_axis.start)),
+                    (*lead, ..., slice(low - inner[-1][0], high - inner[-1][0])),
+                )
             )
-        )
     return found
 
 

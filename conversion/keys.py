@@ -7,18 +7,21 @@ and laid out without reading any data. `as_ours` shows a Hugging Face tensor in 
 a *view*: reading from that view converts one way, writing into it the other, so neither
 direction has code of its own.
 
+The experts of a mixture are stacked on axis 1, behind their layer.
+
 Letters: N layers, D vision width, F MLP width, H text width, V vocabulary, C channels, p patch
 size, m merge size, Q and K/V the widths of the query and key/value projections.
 """
 
 import dataclasses
 import enum
+import functools
 import math
 from collections.abc import Iterator
 
 import numpy as np
 
-from ov2_jax.model.config import ModelConfig, VisionConfig
+from ov2_jax.model.config import ModelConfig, TextConfig, VisionConfig
 
 Path = tuple[str, ...]
 Shape = tuple[int, ...]
@@ -47,14 +50,14 @@ class Entry:
     key: str
     hf_shape: Shape
     path: Path
-    layer: int | None  # index on the leaf's axis 0; None if the leaf is not stacked
+    lead: tuple[int, ...]  # indices on the leaf's first axes: (layer,), (layer, expert) or none
     transform: Transform
     part: int = 0  # which of `parts` equal pieces along the last axis
     parts: int = 1
 
     @property
     def shape(self) -> Shape:
-        """Shape of this tensor in our orientation, without the layer axis."""
+        """Shape of this tensor in our orientation, without the leaf's leading axes."""
         return self.transform.shape(self.hf_shape)
 
     @property
@@ -70,7 +73,6 @@ class Leaf:
 
     path: Path
     shape: Shape
-    stacked: bool
     entries: tuple[Entry, ...]
 
     @property
@@ -80,6 +82,19 @@ class Leaf:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def lead(self) -> Shape:
+        """Sizes of the leading axes, along which Hugging Face tensors are stacked."""
+        return self.shape[: len(self.entries[0].lead)]
+
+    @functools.cached_property
+    def by_lead(self) -> dict[tuple[int, ...], list[Entry]]:
+        """The entries at each place of the leading axes."""
+        found: dict[tuple[int, ...], list[Entry]] = {}
+        for entry in self.entries:
+            found.setdefault(entry.lead, []).append(entry)
+        return found
 
     @property
     def split_axis(self) -> int:
@@ -115,15 +130,17 @@ def _linear(key: str, ours: str, n_in: int, n_out: int, *, bias: bool) -> list[_
     return rows
 
 
-def _entry(row: _Row, prefix: str, root: str, layer: int | None, part: int, parts: int) -> Entry:
+def _entry(
+    row: _Row, prefix: str, root: str, lead: tuple[int, ...], part: int = 0, parts: int = 1
+) -> Entry:
     key, shape, ours, transform = row
     path = (*root.split("."), *ours.split("."))
-    return Entry(prefix + key, shape, path, layer, transform, part, parts)
+    return Entry(prefix + key, shape, path, lead, transform, part, parts)
 
 
-def _rows(rows: list[_Row], prefix: str, root: str, layer: int | None = None) -> Iterator[Entry]:
+def _rows(rows: list[_Row], prefix: str, root: str, *lead: int) -> Iterator[Entry]:
     for row in rows:
-        yield _entry(row, prefix, root, layer, 0, 1)
+        yield _entry(row, prefix, root, lead)
 
 
 def _encoder(config: VisionConfig, prefix: str, *, standalone: bool) -> Iterator[Entry]:
@@ -151,7 +168,7 @@ def _encoder(config: VisionConfig, prefix: str, *, standalone: bool) -> Iterator
         if standalone:  # three projections apart; ours is [Q, K, V] along the last axis
             for part, name in enumerate(("q_proj", "k_proj", "v_proj")):
                 for row in _linear(f"self_attn.{name}", "attn.qkv", width, width, bias=True):
-                    yield _entry(row, where, "encoder.layers", i, part, 3)
+                    yield _entry(row, where, "encoder.layers", (i,), part, 3)
             out = _linear("self_attn.out_proj", "attn.proj", width, width, bias=True)
         else:
             out = [
@@ -204,6 +221,25 @@ def _merger(config: VisionConfig) -> Iterator[Entry]:
     )
 
 
+def _feed_forward(text: TextConfig, prefix: str, layer: int) -> Iterator[Entry]:
+    def swiglu(width: int) -> list[_Row]:
+        return [
+            *_linear("gate_proj", "gate_proj", text.hidden_size, width, bias=False),
+            *_linear("up_proj", "up_proj", text.hidden_size, width, bias=False),
+            *_linear("down_proj", "down_proj", width, text.hidden_size, bias=False),
+        ]
+
+    root = "decoder.layers.mlp"
+    if not text.num_experts:
+        yield from _rows(swiglu(text.intermediate_size), prefix, root, layer)
+        return
+    router = _linear("gate", "gate", text.hidden_size, text.num_experts, bias=False)
+    yield from _rows(router, prefix, root, layer)
+    for expert in range(text.num_experts):
+        rows = swiglu(text.moe_intermediate_size)
+        yield from _rows(rows, f"{prefix}experts.{expert}.", f"{root}.experts", layer, expert)
+
+
 def _decoder(config: ModelConfig) -> Iterator[Entry]:
     text = config.text
     width = text.hidden_size
@@ -227,18 +263,12 @@ def _decoder(config: ModelConfig) -> Iterator[Entry]:
                 *_norm("self_attn.q_norm", "attn.q_norm", text.head_dim, bias=False),
                 *_norm("self_attn.k_norm", "attn.k_norm", text.head_dim, bias=False),
                 *_norm("post_attention_layernorm", "post_attention_layernorm", width, bias=False),
-                *_linear(
-                    "mlp.gate_proj", "mlp.gate_proj", width, text.intermediate_size, bias=False
-                ),
-                *_linear("mlp.up_proj", "mlp.up_proj", width, text.intermediate_size, bias=False),
-                *_linear(
-                    "mlp.down_proj", "mlp.down_proj", text.intermediate_size, width, bias=False
-                ),
             ],
             f"{prefix}layers.{i}.",
             "decoder.layers",
             i,
         )
+        yield from _feed_forward(text, f"{prefix}layers.{i}.mlp.", i)
     yield from _rows(_norm("norm", "norm", width, bias=False), prefix, "decoder")
     if not config.tie_word_embeddings:
         head = _linear("lm_head", "lm_head", width, text.vocab_size, bias=False)
@@ -263,12 +293,10 @@ def leaves(config: Config) -> dict[Path, Leaf]:
         grouped.setdefault(entry.path, []).append(entry)
     result = {}
     for path, entries in grouped.items():
-        stacked = entries[0].layer is not None
         *outer, last = entries[0].shape
-        shape = (*outer, last * entries[0].parts)
-        if stacked:
-            shape = (len(entries) // entries[0].parts, *shape)
-        result[path] = Leaf(path, shape, stacked, tuple(entries))
+        lead = (n + 1 for n in entries[-1].lead)  # the last of the table is the last of each axis
+        shape = (*lead, *outer, last * entries[0].parts)
+        result[path] = Leaf(path, shape, tuple(entries))
     return result
 
 

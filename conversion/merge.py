@@ -32,6 +32,7 @@ from conversion.safetensors_io import (
     weight_dtype,
 )
 from ov2_jax.model.config import (
+    FULL_MODEL_TYPES,
     ModelConfig,
     model_config_from_hf,
     model_config_to_hf,
@@ -135,9 +136,11 @@ def _configs(
     ):
         if "vision_config" in raw:
             raise ConversionError(f"{folder} is a full model already; {wanted} is needed here.")
-    if raw_llm.get("model_type") != "qwen3":
+    kinds = {text: full for full, text in FULL_MODEL_TYPES.items()}
+    if raw_llm.get("model_type") not in kinds:
         raise ConversionError(
-            f"{llm} has model_type {raw_llm.get('model_type')!r}; a dense Qwen3 is needed here."
+            f"{llm} has model_type {raw_llm.get('model_type')!r}; a Qwen3 is needed here, "
+            f"{' or '.join(kinds)}."
         )
     vision = dataclasses.replace(
         vision_config_from_hf(raw_encoder, f"{encoder}/config.json"),
@@ -148,7 +151,7 @@ def _configs(
     )
     config = model_config_from_hf(
         {
-            "model_type": "llava_onevision2",
+            "model_type": kinds[raw_llm["model_type"]],
             "tie_word_embeddings": False,
             "vision_config": dataclasses.asdict(vision),
             "text_config": raw_llm,
@@ -184,11 +187,11 @@ def make_plan(
         parts["merger"] = _part("merger", merger)
     standalone: dict[tuple, list[str]] = {}
     for entry in key_table(config.vision):
-        standalone.setdefault((entry.path, entry.layer), []).append(entry.key)
+        standalone.setdefault((entry.path, entry.lead), []).append(entry.key)
 
     def step(entry: Entry) -> Step:
         if entry.path[0] == "encoder":
-            return Step(entry, parts["encoder"], tuple(standalone[entry.path, entry.layer]))
+            return Step(entry, parts["encoder"], tuple(standalone[entry.path, entry.lead]))
         if entry.path[0] == "merger":
             return Step(entry, parts.get("merger"), (entry.key,))
         if entry.key == "lm_head.weight" and tied and entry.key not in parts["llm"].names:

@@ -31,15 +31,18 @@ WORKERS = 3
 
 
 def chunk_shape(leaf: Leaf, itemsize: int) -> tuple[int, ...]:
-    """Chunks of at most CHUNK_BYTES: some layers whole, or one layer in equal strips."""
-    layers = leaf.shape[0] if leaf.stacked else 1
-    slice_bytes = leaf.size // layers * itemsize
-    if slice_bytes <= CHUNK_BYTES:
-        if not leaf.stacked:
-            return leaf.shape
-        return (min(layers, CHUNK_BYTES // slice_bytes), *leaf.shape[1:])
-    shape = [1, *leaf.shape[1:]] if leaf.stacked else list(leaf.shape)
-    pieces = math.ceil(slice_bytes / CHUNK_BYTES)
+    """Chunks of at most CHUNK_BYTES: some layers or experts whole, or one in equal strips."""
+    lead, own = leaf.lead, leaf.shape[len(leaf.lead) :]
+    room = CHUNK_BYTES // (math.prod(own) * itemsize)
+    if len(lead) == 2 and room:
+        layers, experts = lead
+        # Equal chunks of experts: a host that restores a part of them reads no others.
+        fit = max(n for n in range(1, min(experts, room) + 1) if experts % n == 0)
+        return (min(layers, room // fit) if fit == experts else 1, fit, *own)
+    if room:
+        return (*(min(layers, room) for layers in lead), *own)
+    shape = [*(1 for _ in lead), *own]
+    pieces = math.ceil(math.prod(own) * itemsize / CHUNK_BYTES)
     shape[leaf.split_axis] = math.ceil(shape[leaf.split_axis] / pieces)
     return tuple(shape)
 

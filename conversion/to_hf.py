@@ -100,7 +100,7 @@ def _write(
         # Whole chunks, as each is decoded once; widened along the rows of the Hugging Face
         # tensor first, then across them, so that what is written lies together.
         chunk = array.chunk_layout.read_chunk.shape
-        own = range(1 if leaf.stacked else 0, len(leaf.shape))
+        own = range(len(leaf.lead), len(leaf.shape))
         axes = sorted(own, key=lambda axis: axis == leaf.split_axis)
         for count in run_blocks(
             copy, blocks(leaf.shape, chunk, array.dtype.numpy_dtype.itemsize, axes)

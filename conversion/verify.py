@@ -30,6 +30,7 @@ from ov2_jax.model.compute import ComputeConfig
 from ov2_jax.model.config import ModelConfig, VisionConfig
 from ov2_jax.model.encoder import VisionEncoder
 from ov2_jax.model.llava_onevision2 import LlavaOnevision2
+from ov2_jax.model.moe import load_balancing_loss
 
 Arrays = Mapping[str, np.ndarray]
 # (sample, its inputs, names that are expected of it) -> what we make of it, by expected name
@@ -83,7 +84,7 @@ def compare(name: str, expected: np.ndarray, actual: np.ndarray) -> Comparison:
     if kind.startswith("grad."):
         bound, passed = f"relative <= {GRADIENT_RELATIVE:g}", relative <= GRADIENT_RELATIVE
     else:
-        limit = LOSS_ABSOLUTE if kind == "loss" else ABSOLUTE
+        limit = LOSS_ABSOLUTE if kind in ("loss", "aux_loss") else ABSOLUTE
         bound, passed = f"max abs <= {limit:g}", max_abs <= limit
     return Comparison(name, expected.shape, max_abs, relative, bound, passed)
 
@@ -188,10 +189,30 @@ def _by_key(table: tuple[Entry, ...], gradients: Mapping[Path, Any]) -> dict[str
     found = {}
     for entry in table:
         leaf = np.asarray(gradients[entry.path])
-        ours = (leaf if entry.layer is None else leaf[entry.layer])[..., entry.last_axis]
+        ours = leaf[entry.lead][..., entry.last_axis]
         gradient = np.empty(entry.hf_shape, np.float32)
         as_ours(entry, gradient)[...] = ours
         found[f"grad.{entry.key}"] = gradient
+    return found | _fused_experts(gradients)
+
+
+def _fused_experts(gradients: Mapping[Path, Any]) -> dict[str, np.ndarray]:
+    """Gradients of experts as the PyTorch module holds them, which is not as checkpoints do.
+
+    `experts.gate_up_proj` [E, 2F, D], gate first, and `experts.down_proj` [E, D, F] of each layer.
+    """
+    root = ("decoder", "layers", "mlp", "experts")
+    if (*root, "down_proj", "kernel") not in gradients:
+        return {}
+    gate, up, down = (  # N E out in
+        np.swapaxes(np.asarray(gradients[*root, name, "kernel"]), -1, -2)
+        for name in ("gate_proj", "up_proj", "down_proj")
+    )
+    found = {}
+    for i in range(len(down)):
+        where = f"grad.model.language_model.layers.{i}.mlp.experts."
+        found[f"{where}gate_up_proj"] = np.concatenate([gate[i], up[i]], 1)
+        found[f"{where}down_proj"] = down[i]
     return found
 
 
@@ -213,11 +234,15 @@ def _model_outputs(config: ModelConfig, params: dict[str, Any]) -> Outputs:
             "vision_merged": model.merger(features)[0],
         }
 
-    def text(state: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def text(state: nnx.State, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         model = nnx.merge(graph, state)
-        hidden, _ = model(batch)
+        hidden, collected = model(batch)
         logits = model.decoder.logits(hidden)
-        return _mean_loss(logits, batch.targets[0]), logits
+        loss, named = _mean_loss(logits, batch.targets[0]), {"logits": logits}
+        if collected.load is not None:
+            named["aux_loss"] = load_balancing_loss(collected.load)[None]
+            loss += config.router_aux_loss_coef * named["aux_loss"][0]
+        return loss, named | {"loss": loss[None]}
 
     forward = jax.jit(text)
     backward = jax.jit(jax.value_and_grad(text, has_aux=True))
@@ -226,13 +251,11 @@ def _model_outputs(config: ModelConfig, params: dict[str, Any]) -> Outputs:
         batch = _batch(config, sample, inputs)
         found = dict(vision(state, batch.vision[0])) if batch.vision else {}
         if any(name.startswith("grad.") for name in wanted):
-            (loss, logits), gradients = backward(state, batch)
+            (_, named), gradients = backward(state, batch)
             found |= _by_key(table, flatten(nnx.to_pure_dict(gradients)))
         else:  # the gradients of an 8B model are 34 GB
-            loss, logits = forward(state, batch)
-        return {
-            k: np.asarray(v) for k, v in (found | {"loss": loss[None], "logits": logits}).items()
-        }
+            _, named = forward(state, batch)
+        return {k: np.asarray(v) for k, v in (found | named).items()}
 
     return outputs
 

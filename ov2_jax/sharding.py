@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ov2_jax.model.config import ConfigError
@@ -21,6 +21,9 @@ _PARAMETER_AXES = (
     ("embed_tokens.embedding", ("vocab", "embed")),
     ("lm_head.kernel", ("embed", "vocab")),
     ("patch_embedding.kernel", (None, "embed")),
+    ("experts.gate_proj.kernel", ("expert", "embed", None)),
+    ("experts.up_proj.kernel", ("expert", "embed", None)),
+    ("experts.down_proj.kernel", ("expert", "mlp", "embed")),
     ("attn.proj.kernel", ("heads", "embed")),
     ("attn.o_proj.kernel", ("heads", "embed")),
     ("mlp.fc2.kernel", ("mlp", "embed")),
@@ -30,7 +33,7 @@ _PARAMETER_AXES = (
 )
 
 # Axis meaning -> mesh axis. FSDP cuts every matrix along its embed axis.
-_MESH_AXIS = {"embed": "fsdp", "vocab": None, "heads": None, "mlp": None}
+_MESH_AXIS = {"embed": "fsdp", "vocab": None, "heads": None, "mlp": None, "expert": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +71,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     )
 
 
-def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """Sharding of the parameter at a dotted path.
 
     Vectors are replicated, and so is a matrix whose axis the mesh axis does not divide (that is
@@ -114,13 +117,18 @@ def data_shards(mesh: Mesh | Mapping[str, int]) -> int:
     return math.prod(shape[axis] for axis in BATCH_AXES)
 
 
-def shard_rows(x: jax.Array) -> jax.Array:
-    """States that an activation's rows [rows ...] are cut over the batch axes.
+def row_mesh(x: jax.Array) -> AbstractMesh | None:
+    """The mesh that an activation's rows [rows ...] are cut over, if they are.
 
-    Without a mesh (one device, verification, generation) there is nothing to state.
+    Without a mesh (one device, verification, generation) they are not.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or x.shape[0] % data_shards(mesh.shape):
+    return None if mesh.empty or x.shape[0] % data_shards(mesh.shape) else mesh
+
+
+def shard_rows(x: jax.Array) -> jax.Array:
+    """States that an activation's rows [rows ...] are cut over the batch axes."""
+    if row_mesh(x) is None:
         return x
     return jax.lax.with_sharding_constraint(x, P(BATCH_AXES))
 
@@ -133,3 +141,14 @@ def gather(x: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, P())
+
+
+def gather_axes(x: jax.Array, spec: P) -> jax.Array:
+    """Inside a shard_map: the whole of a parameter that came in cut by `spec`.
+
+    The gradient comes out as a reduce-scatter, cut like the parameter.
+    """
+    for axis, name in enumerate(spec):
+        if name is not None:
+            x = jax.lax.all_gather(x, name, axis=axis, tiled=True)
+    return x

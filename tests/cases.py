@@ -15,6 +15,7 @@ from ov2_jax.model.config import ModelConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 DENSE = ("dense_p14m2", "dense_p16m3_tied", "codec_positions")
+MODELS = (*DENSE, "moe")
 
 
 class Sample(NamedTuple):
@@ -59,7 +60,23 @@ def load_case(name: str) -> Case:
                 ),
             )
         )
-    return Case(config, params, samples, load_file(folder / "expected.safetensors"))
+    expected = load_file(folder / "expected.safetensors")
+    return Case(config, params, samples, _by_expert(expected))
+
+
+def _by_expert(expected: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Fused gradients of experts ([E 2F D], gate rows first; [E D F]) by the checkpoint's keys."""
+    found = {}
+    for name, value in expected.items():
+        where, _, kind = name.rpartition(".")
+        if not where.endswith("experts"):
+            found[name] = value
+            continue
+        parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+        for expert, stacked in enumerate(value):
+            for part, tensor in zip(parts, np.split(stacked, len(parts)), strict=True):
+                found[f"{where}.{expert}.{part}.weight"] = tensor
+    return found
 
 
 def pack(
@@ -131,7 +148,7 @@ def hf_tensors(config: ModelConfig, tree: dict) -> dict[str, np.ndarray]:
         leaf = tree
         for name in entry.path:
             leaf = leaf[name]
-        leaf = np.asarray(leaf if entry.layer is None else leaf[entry.layer])[..., entry.last_axis]
+        leaf = np.asarray(leaf)[entry.lead][..., entry.last_axis]
         if entry.transform is not Transform.NONE:
             leaf = leaf.T
         tensors[entry.key] = leaf.reshape(entry.hf_shape)

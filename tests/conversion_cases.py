@@ -40,6 +40,17 @@ SMALL = ModelConfig(
     vision_end_token_id=159,
 )
 
+SMALL_MOE = dataclasses.replace(
+    SMALL,
+    text=dataclasses.replace(
+        SMALL.text,
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=40,
+        norm_topk_prob=True,
+    ),
+)
+
 
 def random_bits(shape: tuple[int, ...], dtype: np.dtype, seed: int) -> np.ndarray:
     """Any bit pattern at all: NaNs with payloads, infinities, subnormals, negative zeros."""

@@ -11,10 +11,12 @@ from conversion.safetensors_io import SafetensorsFolder
 from ov2_jax.model.config import ModelConfig, load_config, model_config
 from ov2_jax.model.encoder import VisionEncoder
 from ov2_jax.model.llava_onevision2 import LlavaOnevision2
-from tests.conversion_cases import GOLDEN, SMALL
+from tests.conversion_cases import GOLDEN, SMALL, SMALL_MOE
 
 
-@pytest.mark.parametrize("case", ["dense_p14m2", "dense_p16m3_tied", "codec_positions", "encoder"])
+@pytest.mark.parametrize(
+    "case", ["dense_p14m2", "dense_p16m3_tied", "codec_positions", "moe", "encoder"]
+)
 def test_table_has_the_keys_and_shapes_of_the_reference(case):
     stored = SafetensorsFolder(GOLDEN / case / "hf").tensors
     table = key_table(load_config(GOLDEN / case / "hf"))
@@ -28,6 +30,7 @@ def test_the_released_sizes_have_696_keys():
 
 def _variants():
     yield "plain", SMALL
+    yield "experts", SMALL_MOE
     yield "tied", dataclasses.replace(SMALL, tie_word_embeddings=True)
     for change in ({"layer_norm_type": "rms_norm"}, {"use_head": True}, {"spatial_merge_size": 3}):
         name = next(iter(change))
@@ -48,11 +51,11 @@ def test_our_side_is_the_models_parameter_tree(config):
 
 
 def test_every_number_of_a_leaf_comes_from_exactly_one_key():
-    config = dataclasses.replace(SMALL.vision, use_head=True)
-    for leaf in leaves(config).values():
+    encoder = dataclasses.replace(SMALL.vision, use_head=True)
+    for leaf in (*leaves(encoder).values(), *leaves(SMALL_MOE).values()):
         hits = np.zeros(leaf.shape, int)
         for entry in leaf.entries:
-            part = hits if entry.layer is None else hits[entry.layer]
+            part = hits[entry.lead]
             part[..., entry.last_axis] += 1
         assert (hits == 1).all(), leaf.name
 

@@ -232,9 +232,9 @@ def test_wrong_folders_are_refused(tmp_path):
         make_plan(GOLDEN / "dense_p14m2" / "hf", llm)
     with pytest.raises(ConversionError, match="model_type 'onevision_encoder'"):
         make_plan(ENCODER, ENCODER)
-    moe = qwen(tmp_path / "moe", model_type="qwen3_moe")
-    with pytest.raises(ConversionError, match="dense Qwen3"):
-        make_plan(ENCODER, moe)
+    older = qwen(tmp_path / "older", model_type="qwen2")
+    with pytest.raises(ConversionError, match="'qwen2'; a Qwen3 is needed"):
+        make_plan(ENCODER, older)
     plain = qwen(tmp_path / "plain", special=QWEN_SPECIAL[:5])
     with pytest.raises(ConversionError, match=r"lacks special tokens.*\n.*image_pad"):
         make_plan(ENCODER, plain)

@@ -26,6 +26,7 @@ from tests.conversion_cases import (
     FLOAT32,
     GOLDEN,
     SMALL,
+    SMALL_MOE,
     make_folder,
     random_bits,
     raw_config,
@@ -41,7 +42,7 @@ TIED_RMS = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize("case", ["dense_p14m2", "dense_p16m3_tied", "encoder"])
+@pytest.mark.parametrize("case", ["dense_p14m2", "dense_p16m3_tied", "moe", "encoder"])
 def test_golden_folders_survive(case, tmp_path):
     from_hf.convert(GOLDEN / case / "hf", tmp_path / "orbax")
     to_hf.convert(tmp_path / "orbax", tmp_path / "hf")
@@ -49,7 +50,9 @@ def test_golden_folders_survive(case, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config", [SMALL, TIED_RMS, WITH_HEAD], ids=["full", "tied rms head", "encoder"]
+    "config",
+    [SMALL, TIED_RMS, SMALL_MOE, WITH_HEAD],
+    ids=["full", "tied rms head", "experts", "encoder"],
 )
 @pytest.mark.parametrize(
     ("chunk_bytes", "block_bytes", "expected_pieces"),

@@ -14,7 +14,7 @@ from conversion.verify import compare, raster_patches, verify, window_ids
 from tests.conversion_cases import GOLDEN
 
 
-@pytest.mark.parametrize("case", ["dense_p16m3_tied", "encoder"])
+@pytest.mark.parametrize("case", ["dense_p16m3_tied", "moe", "encoder"])
 def test_golden_case_passes_and_every_tensor_is_compared(case):
     results = list(verify(GOLDEN / case / "hf", GOLDEN / case))
     assert {r.name for r in results} == set(load_file(GOLDEN / case / "expected.safetensors"))

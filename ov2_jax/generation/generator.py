@@ -121,13 +121,13 @@ def _generate(
 ) -> jax.Array:
     """New tokens [N max_new_tokens]; behind a row's stop token everything is stop tokens."""
     model: LlavaOnevision2 = nnx.merge(graph, params)
-    hidden, cache = model(batch, collect_cache=True)
+    hidden, collected = model(batch, collect_cache=True)
     rows = jnp.arange(hidden.shape[0])
     keys = jax.random.split(key, max_new_tokens)
     logits = model.decoder.logits(hidden[rows, lengths - 1])
     token = choose_tokens(logits, keys[0], temperature, top_p)
     room = [(0, 0), (0, 0), (0, max_new_tokens), (0, 0), (0, 0)]
-    cache = KVCache(*(jnp.pad(c, room) for c in cache))
+    cache = KVCache(*(jnp.pad(c, room) for c in collected.cache))
     out = jnp.full((len(rows), max_new_tokens), stop_token).at[:, 0].set(token)
 
     def running(carry: tuple) -> jax.Array:

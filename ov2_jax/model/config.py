@@ -11,7 +11,8 @@ from typing import Any
 
 from etils import epath
 
-FULL_MODEL_TYPES = ("llava_onevision2", "llava_onevision2_moe")
+# model_type of a full model -> that of its text_config.
+FULL_MODEL_TYPES = {"llava_onevision2": "qwen3", "llava_onevision2_moe": "qwen3_moe"}
 ENCODER_MODEL_TYPE = "onevision_encoder"
 
 
@@ -95,9 +96,17 @@ class VisionConfig:
         return self.spatial_merge_size**2
 
 
+# Fields of TextConfig that only a mixture of experts has.
+_MOE_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+
+
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The Qwen3 decoder."""
+    """The Qwen3 decoder: dense, or with `num_experts` a mixture of experts in every layer.
+
+    The experts' MLPs have `moe_intermediate_size`; `intermediate_size` then means nothing and sits
+    here because the Hugging Face `text_config` has it.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -109,9 +118,23 @@ class TextConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
     initializer_range: float = 0.02  # standard deviation of matrices in a model made from nothing
+    num_experts: int = 0  # 0: dense
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False  # weights of a token's experts are made to sum to 1
 
     def __post_init__(self) -> None:
-        _positive("text_config", **dataclasses.asdict(self))
+        fields = dataclasses.asdict(self)
+        moe = {name: fields.pop(name) for name in _MOE_FIELDS}
+        _positive("text_config", **fields)
+        del moe["norm_topk_prob"]
+        if any(moe.values()):
+            _positive("text_config", **moe)
+            if self.num_experts_per_tok > self.num_experts:
+                raise ConfigError(
+                    f"text_config.num_experts_per_tok {self.num_experts_per_tok} is more than "
+                    f"num_experts {self.num_experts}."
+                )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"text_config.num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -119,6 +142,13 @@ class TextConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"text_config.head_dim {self.head_dim} must be even for RoPE.")
+
+    @property
+    def active_intermediate_size(self) -> int:
+        """Width of the MLPs that one token goes through in a layer, all of them together."""
+        if self.num_experts:
+            return self.num_experts_per_tok * self.moe_intermediate_size
+        return self.intermediate_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +162,18 @@ class ModelConfig:
     video_token_id: int = 151656
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
+    router_aux_loss_coef: float = 0.0  # of the load-balancing loss of a mixture of experts
 
     def __post_init__(self) -> None:
+        if self.router_aux_loss_coef < 0:
+            raise ConfigError(
+                f"router_aux_loss_coef is {self.router_aux_loss_coef}; it must not be negative."
+            )
+        if self.router_aux_loss_coef and not self.text.num_experts:
+            raise ConfigError(
+                f"router_aux_loss_coef is {self.router_aux_loss_coef}, but a dense decoder has no "
+                "router; leave it at 0."
+            )
         if self.vision.out_hidden_size != self.text.hidden_size:
             raise ConfigError(
                 f"vision_config.out_hidden_size {self.vision.out_hidden_size} must equal "
@@ -156,6 +196,15 @@ _QWEN3 = {
     "8b": (36, 4096, 12288, 32, 8, 8e6),
     "14b": (40, 5120, 17408, 40, 8, 1e6),
     "32b": (64, 5120, 25600, 64, 8, 1e6),
+    "30b-a3b": (48, 2048, 6144, 32, 4, 1e7),
+}
+_MOE = {
+    "30b-a3b": {
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+    }
 }
 SIZES = tuple(_QWEN3)
 
@@ -177,7 +226,9 @@ def model_config(size: str, *, patch_size: int = 14, merge_size: int = 2) -> Mod
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             rope_theta=theta,
+            **_MOE.get(size, {}),
         ),
+        router_aux_loss_coef=0.001 if size in _MOE else 0.0,
     )
 
 
@@ -240,13 +291,18 @@ def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         )
     text = raw["text_config"]
     _only(
-        text,
+        {"model_type": FULL_MODEL_TYPES[kind]} | text,
         "text_config",
-        model_type=("qwen3",),
+        model_type=(FULL_MODEL_TYPES[kind],),
         hidden_act=("silu", None),
         attention_bias=(False, None),
         use_sliding_window=(False, None),
     )
+    given = _rope_theta(text, "text_config")
+    coefficient = 0.0
+    if kind == "llava_onevision2_moe":
+        given |= _moe_fields(text)
+        coefficient = _aux_loss_coef(raw)
     tie = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     tokens = {
         f"{name}_token_id": raw[f"{name}_token_id"]
@@ -255,10 +311,44 @@ def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     }
     return ModelConfig(
         vision=vision_config_from_hf(raw["vision_config"]),
-        text=_take(text, TextConfig, "text_config", **_rope_theta(text, "text_config")),
+        text=_take(text, TextConfig, "text_config", **given),
         tie_word_embeddings=bool(tie),
+        router_aux_loss_coef=coefficient,
         **tokens,
     )
+
+
+def _moe_fields(text: Mapping[str, Any]) -> dict[str, Any]:
+    """The mixture of experts in a `text_config` of transformers 4 or 5."""
+    _only(text, "text_config", decoder_sparse_step=(1, None), mlp_only_layers=([], (), None))
+    # transformers 4 has `num_experts`, transformers 5 `num_local_experts`.
+    found = {
+        name: text[name]
+        for name in ("num_experts", "num_local_experts")
+        if text.get(name) is not None
+    }
+    if len(set(found.values())) != 1:
+        raise ConfigError(
+            f"text_config has {found or 'neither num_experts nor num_local_experts'}; a mixture "
+            "of experts needs one number of experts."
+        )
+    sizes = {"num_experts": next(iter(found.values()))}
+    for name in ("num_experts_per_tok", "moe_intermediate_size"):
+        if text.get(name) is None:
+            raise ConfigError(f"text_config lacks {name}.")
+        sizes[name] = text[name]
+    if text.get("head_dim") is None and text.get("num_attention_heads"):
+        # Qwen3 has a constant there, Qwen3-MoE has not.
+        sizes["head_dim"] = text.get("hidden_size", 0) // text["num_attention_heads"]
+    return sizes
+
+
+def _aux_loss_coef(raw: Mapping[str, Any]) -> float:
+    """The reference adds the router's loss only where the *top level* asks for router logits."""
+    if not raw.get("output_router_logits"):
+        return 0.0
+    coefficient = raw.get("router_aux_loss_coef")
+    return 0.001 if coefficient is None else float(coefficient)
 
 
 def read_hf_config(folder: epath.PathLike) -> dict[str, Any]:
@@ -283,12 +373,24 @@ def model_config_to_hf(config: ModelConfig, *, dtype: str = "bfloat16") -> dict[
     text = dataclasses.asdict(config.text)
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": config.text.rope_theta}
     ids = {k: v for k, v in dataclasses.asdict(config).items() if k.endswith("_token_id")}
+    router: dict[str, Any] = {}
+    kind = "llava_onevision2_moe" if config.text.num_experts else "llava_onevision2"
+    if config.text.num_experts:
+        router = {
+            "output_router_logits": config.router_aux_loss_coef > 0,
+            "router_aux_loss_coef": config.router_aux_loss_coef,
+        }
+        text |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    else:
+        for name in _MOE_FIELDS:
+            del text[name]
     return {
         "architectures": ["LlavaOnevision2ForConditionalGeneration"],
-        "model_type": "llava_onevision2",
+        "model_type": kind,
         "dtype": dtype,
         "tie_word_embeddings": config.tie_word_embeddings,
         **ids,
+        **router,
         "vision_config": {
             "model_type": ENCODER_MODEL_TYPE,
             "hidden_act": "gelu",
@@ -296,7 +398,7 @@ def model_config_to_hf(config: ModelConfig, *, dtype: str = "bfloat16") -> dict[
             **vision,
         },
         "text_config": {
-            "model_type": "qwen3",
+            "model_type": FULL_MODEL_TYPES[kind],
             "hidden_act": "silu",
             "attention_bias": False,
             "tie_word_embeddings": config.tie_word_embeddings,

@@ -1,4 +1,4 @@
-"""The Qwen3 decoder: RMSNorm, SwiGLU, grouped-query attention with normed q and k.
+"""The Qwen3 decoder: RMSNorm, grouped-query attention with normed q and k, SwiGLU or experts.
 
 Dimension letters: B rows, L tokens, D width, H query heads, J key/value heads, K head size,
 N layers, S slots of the key/value cache.
@@ -15,6 +15,7 @@ from ov2_jax.model.attention import masked_attention, segment_attention
 from ov2_jax.model.compute import ComputeConfig
 from ov2_jax.model.config import TextConfig
 from ov2_jax.model.layers import Linear, RMSNorm, scan_layers, stack
+from ov2_jax.model.moe import MixtureOfExperts, RouterLoad
 from ov2_jax.model.rope import Rope, rotate_half, text_rope
 from ov2_jax.sharding import shard_rows
 
@@ -24,6 +25,13 @@ class KVCache(NamedTuple):
 
     keys: jax.Array
     values: jax.Array
+
+
+class Collected(NamedTuple):
+    """What a pass over rows gives beside the hidden states; None where there is nothing."""
+
+    cache: KVCache | None  # if asked for
+    load: RouterLoad | None  # of every layer [N ...], where the decoder is a mixture of experts
 
 
 class Embedding(nnx.Module):
@@ -68,8 +76,10 @@ class SwiGLU(nnx.Module):
         self.up_proj = linear(width, hidden, bias=False)
         self.down_proj = linear(hidden, width, bias=False)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+    def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, None]:
+        """[B L D] -> [B L D]; as in MixtureOfExperts, but there is no load to tell of."""
+        del real
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)), None
 
 
 class DecoderLayer(nnx.Module):
@@ -77,18 +87,21 @@ class DecoderLayer(nnx.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attn = Attention(config, rngs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = SwiGLU(config, rngs)
+        self.mlp = (MixtureOfExperts if config.num_experts else SwiGLU)(config, rngs)
 
-    def feed_forward(self, x: jax.Array) -> jax.Array:
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def feed_forward(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, RouterLoad | None]:
+        """x [B L D], real [B L]: not padding."""
+        y, load = self.mlp(self.post_attention_layernorm(x), real)
+        return x + y, load
 
     def __call__(
         self, x: jax.Array, rope: Rope, segment_ids: jax.Array, block: int
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Packed rows: [B L D] -> [B L D] and this layer's keys and values."""
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], RouterLoad | None]:
+        """Packed rows: [B L D] -> [B L D], this layer's keys and values, its router's load."""
         q, k, v = self.attn.qkv(self.input_layernorm(x), rope)
         x = x + self.attn.out(segment_attention(q, k, v, segment_ids, causal=True, block=block))
-        return self.feed_forward(x), (k, v)
+        x, load = self.feed_forward(x, segment_ids > 0)
+        return x, (k, v), load
 
     def step(
         self, x: jax.Array, rope: Rope, cache: tuple[jax.Array, jax.Array], slots: jax.Array
@@ -100,7 +113,8 @@ class DecoderLayer(nnx.Module):
         values = cache[1].at[rows, slots].set(v[:, 0])
         seen = jnp.arange(keys.shape[1])[None, :] <= slots[:, None]  # B S
         x = x + self.attn.out(masked_attention(q, keys, values, seen[:, None, :]))
-        return self.feed_forward(x), (keys, values)
+        x, _ = self.feed_forward(x, jnp.ones(x.shape[:2], bool))
+        return x, (keys, values)
 
 
 class Decoder(nnx.Module):
@@ -153,16 +167,16 @@ class Decoder(nnx.Module):
         segment_ids: jax.Array,  # int [B L]
         *,
         collect_cache: bool = False,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """Hidden states [B L D] behind the final norm and, if asked, the keys and values."""
+    ) -> tuple[jax.Array, Collected]:
+        """Hidden states [B L D] behind the final norm, and what was collected on the way."""
         rope = self._rope(positions)
 
         def step(layer: DecoderLayer, x: jax.Array, _: None) -> tuple:
-            x, kv = layer(x, rope, segment_ids, self.compute.attention_block)
-            return shard_rows(x), (kv if collect_cache else None)
+            x, kv, load = layer(x, rope, segment_ids, self.compute.attention_block)
+            return shard_rows(x), Collected(KVCache(*kv) if collect_cache else None, load)
 
-        x, kv = scan_layers(self.layers, step, embeddings, remat=self.compute.remat)
-        return self.norm(x), (KVCache(*kv) if collect_cache else None)
+        x, collected = scan_layers(self.layers, step, embeddings, remat=self.compute.remat)
+        return self.norm(x), collected
 
     def decode(
         self, tokens: jax.Array, slots: jax.Array, cache: KVCache

@@ -10,7 +10,7 @@ from flax import nnx
 from ov2_jax.data.batch import Batch, VisionRows
 from ov2_jax.model.compute import ComputeConfig
 from ov2_jax.model.config import ModelConfig
-from ov2_jax.model.decoder import Decoder, KVCache
+from ov2_jax.model.decoder import Collected, Decoder
 from ov2_jax.model.encoder import VisionEncoder
 from ov2_jax.model.merger import Merger
 from ov2_jax.model.normalize import normalize_patches
@@ -56,10 +56,8 @@ class LlavaOnevision2(nnx.Module):
         is_vision = (batch.vision_index >= 0).reshape(-1, length, 1)
         return shard_rows(jnp.where(is_vision, picked, text))
 
-    def __call__(
-        self, batch: Batch, *, collect_cache: bool = False
-    ) -> tuple[jax.Array, KVCache | None]:
-        """Hidden states behind the final norm, [G*B L D], and the keys and values if asked."""
+    def __call__(self, batch: Batch, *, collect_cache: bool = False) -> tuple[jax.Array, Collected]:
+        """Hidden states behind the final norm, [G*B L D], and what was collected on the way."""
         positions, segments = (
             x.reshape(-1, x.shape[-1]) for x in (batch.positions, batch.segment_ids)
         )

@@ -4,9 +4,10 @@ Multiply-adds count 2. Forward, with n real tokens, P real patches, M merged tok
   encoder  2 P (C p^2 D + N (4 D^2 + 2 D F))  +  sum over windows w of 4 N w^2 D
   merger   2 M ((m^2 D)^2 + m^2 D D')
   decoder  2 n (N (2 D' H K + 2 D' J K + 3 D' F') + D' V)  +  sum over samples s of 2 N s^2 H K
-(attention of a causal sample sees half of the square). The backward pass costs one forward for
-gradients with respect to activations, wherever something before or in the part is trained, and one
-for gradients with respect to weights in a trained part: 3 forwards where everything is trained.
+(attention of a causal sample sees half of the square). In a mixture of E experts F' is the width of
+a token's own experts together, and its router adds 2 n N D' E. The backward pass costs one forward
+for gradients with respect to activations, wherever something before or in the part is trained, and
+one for gradients with respect to weights in a trained part: 3 forwards where everything is trained.
 """
 
 from collections.abc import Collection
@@ -51,7 +52,7 @@ def forward_flops(config: ModelConfig, work: Work) -> dict[str, float]:
     block = v.merge_unit * d
     merger = 2 * work.patches / v.merge_unit * (block * block + block * v.out_hidden_size)
     q, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
-    layer = t.hidden_size * (2 * q + 2 * kv + 3 * t.intermediate_size)
+    layer = t.hidden_size * (2 * q + 2 * kv + 3 * t.active_intermediate_size + t.num_experts)
     per_token = t.num_hidden_layers * layer + t.hidden_size * t.vocab_size
     decoder = 2 * work.tokens * per_token
     decoder += 2 * t.num_hidden_layers * work.squared_samples * q

@@ -38,6 +38,8 @@ _SIZES = {
         "num_attention_heads",
         "num_key_value_heads",
         "head_dim",
+        "num_experts",
+        "moe_intermediate_size",
     ),
 }
 
@@ -71,7 +73,8 @@ def with_checkpoint_model(
     """The experiment with the model of the checkpoint that it starts or goes on from.
 
     Sizes must be the config's, constants are always the checkpoint's; the list says which of them
-    the config had otherwise. Raises ConfigError, CheckpointError.
+    the config had otherwise. The weight of the router's loss is no constant of a model but the
+    recipe's, and stays (released models leave that loss out). Raises ConfigError, CheckpointError.
     """
     base = _base_folder(experiment, resuming=resuming)
     if base is None:
@@ -91,6 +94,7 @@ def with_checkpoint_model(
     ]
     if wrong:
         raise ConfigError(f"The checkpoint of {base} is another model: {'; '.join(wrong)}.")
+    found = dataclasses.replace(found, router_aux_loss_coef=experiment.model.router_aux_loss_coef)
     notes = _constants(experiment.model, found, "model")
     return dataclasses.replace(experiment, model=found), notes
 

@@ -11,6 +11,7 @@ from flax import nnx
 
 from ov2_jax.data.batch import IGNORE, Batch
 from ov2_jax.model.llava_onevision2 import LlavaOnevision2
+from ov2_jax.model.moe import RouterLoad, load_balancing_loss, load_metrics
 from ov2_jax.training.loss import loss_weights, weighted_cross_entropy
 from ov2_jax.training.optimizer import (
     OptimizerConfig,
@@ -51,44 +52,67 @@ def init_state(params: Tree, config: OptimizerConfig, seed: int) -> TrainState:
     )
 
 
-def batch_loss(graph: nnx.GraphDef, params: Tree, batch: Batch, weights: jax.Array) -> jax.Array:
-    """Sum of weight * token loss over one micro-step's batch, weights [G B L]."""
+class Losses(NamedTuple):
+    """What is reported of a loss; adds up over micro-steps."""
+
+    next_token: jax.Array  # float32: weighted sum over tokens
+    balance: jax.Array | None = None  # load-balancing loss of a mixture of experts, without its
+    load: RouterLoad | None = None  # coefficient, and what it is made of
+
+
+def batch_loss(
+    graph: nnx.GraphDef, params: Tree, batch: Batch, weights: jax.Array, *, micro_steps: int = 1
+) -> tuple[jax.Array, Losses]:
+    """What one micro-step's batch adds to the loss of a step, and the terms of that.
+
+    The sum of weight * token loss, weights [G B L], and for a mixture of experts the load-balancing
+    loss of this batch's real tokens times `router_aux_loss_coef` / `micro_steps`.
+    """
     model: LlavaOnevision2 = nnx.merge(graph, params)
-    hidden, _ = model(batch)
+    hidden, collected = model(batch)
     rows = hidden.shape[:2]
-    return weighted_cross_entropy(
+    loss = weighted_cross_entropy(
         hidden,
         model.decoder.head(),
         batch.targets.reshape(rows),
         weights.reshape(rows),
         block=model.decoder.compute.loss_block,
     )
+    if collected.load is None:
+        return loss, Losses(loss)
+    balance = load_balancing_loss(collected.load) / micro_steps
+    total = loss + model.config.router_aux_loss_coef * balance
+    return total, Losses(loss, balance, collected.load)
 
 
 def loss_and_grads(
     graph: nnx.GraphDef, trainable: Tree, frozen: Tree, batch: Batch, reduction: str
-) -> tuple[jax.Array, Tree]:
-    """Loss and gradients of a whole step's batch, every leaf [A ...] for A micro-steps.
+) -> tuple[Losses, Tree]:
+    """Losses and gradients of a whole step's batch, every leaf [A ...] for A micro-steps.
 
     The weights are made once over all micro-steps and sum to 1, so sums of losses and gradients
-    are exact however the step is cut.
+    are exact however the step is cut. Not so the load-balancing loss: it is not linear in tokens,
+    and the step's is the mean of its micro-steps'.
     """
     weights = loss_weights(batch.targets, reduction)
+    micro_steps = weights.shape[0]
 
-    @jax.value_and_grad
-    def micro(trainable: Tree, batch: Batch, weights: jax.Array) -> jax.Array:
-        return batch_loss(graph, join(trainable, frozen), batch, weights)
+    def loss(trainable: Tree, batch: Batch, weights: jax.Array) -> tuple[jax.Array, Losses]:
+        params = join(trainable, frozen)
+        return batch_loss(graph, params, batch, weights, micro_steps=micro_steps)
 
-    def first(x: jax.Array) -> jax.Array:
-        return x[0]
+    def micro(batch: Batch, weights: jax.Array) -> tuple[Losses, Tree]:
+        grads, losses = jax.grad(loss, has_aux=True)(trainable, batch, weights)
+        return losses, grads
 
-    if weights.shape[0] == 1:
-        return micro(trainable, jax.tree.map(first, batch), weights[0])
+    one = jax.tree.map(lambda x: x[0], (batch, weights))
+    if micro_steps == 1:
+        return micro(*one)
 
     def add(total: tuple, xs: tuple) -> tuple[tuple, None]:
-        return jax.tree.map(jnp.add, total, micro(trainable, *xs)), None
+        return jax.tree.map(jnp.add, total, micro(*xs)), None
 
-    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro, *one))
     return jax.lax.scan(add, zero, (batch, weights))[0]
 
 
@@ -100,10 +124,10 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trainable, frozen = split_trainable(state.params, config)
-        loss, grads = loss_and_grads(graph, trainable, frozen, batch, reduction)
+        losses, grads = loss_and_grads(graph, trainable, frozen, batch, reduction)
         norms = {part: optax.tree.norm(grads[part]) for part in grads}
         norm = jnp.sqrt(sum(n**2 for n in norms.values()))
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        finite = jnp.isfinite(losses.next_token) & jnp.isfinite(norm)
 
         rates = {part: learning_rate(config, part, state.step, steps) for part in grads}
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
@@ -122,7 +146,7 @@ def make_train_step(
             rng=state.rng,
         )
         metrics = {
-            "loss": loss,
+            "loss": losses.next_token,
             "grad_norm": norm,
             "tokens": jnp.sum(batch.segment_ids > 0),
             "supervised_tokens": jnp.sum(batch.targets != IGNORE),
@@ -132,6 +156,8 @@ def make_train_step(
             **{f"grad_norm/{part}": n for part, n in norms.items()},
             **{f"learning_rate/{part}": r for part, r in rates.items()},
         }
+        if losses.load is not None:
+            metrics |= {"moe/aux_loss": losses.balance, **load_metrics(losses.load)}
         return new, metrics
 
     return train_step

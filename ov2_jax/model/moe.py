@@ -1,0 +1,176 @@
+"""Mixture of experts as in Qwen3-MoE: a float32 router, and experts as grouped matmuls.
+
+Dimension letters: B rows, L tokens, D width, E experts, X experts of a token, F an expert's width,
+T tokens of a device (B*L of them), S = T*X slots (a token and one of its experts).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from ov2_jax.model.config import TextConfig
+from ov2_jax.model.layers import Linear
+from ov2_jax.sharding import BATCH_AXES, gather_axes, parameter_spec, row_mesh
+
+
+class RouterLoad(NamedTuple):
+    """What a layer's router did with the real tokens; sums, so layers and devices add up."""
+
+    assigned: jax.Array  # float32 [E]: tokens that went to each expert
+    probability: jax.Array  # float32 [E]: sum of its softmax over tokens
+    tokens: jax.Array  # float32 []
+
+
+def load_balancing_loss(load: RouterLoad) -> jax.Array:
+    """E * sum over experts of f_e P_e, a float32 scalar; X where the load is even.
+
+    f_e: assignments to expert e / tokens, P_e: mean probability of e, both over the real tokens of
+    all layers together, as in transformers' `load_balancing_loss_func` (the load-balancing loss of
+    the Switch Transformer, https://arxiv.org/abs/2101.03961). `load` may have any leading axes.
+    """
+    experts = load.assigned.shape[-1]
+    assigned, probability = (x.reshape(-1, experts).sum(0) for x in load[:2])
+    tokens = jnp.maximum(load.tokens.sum(), 1)
+    return experts * jnp.sum(assigned * probability) / tokens**2
+
+
+def load_metrics(load: RouterLoad) -> dict[str, jax.Array]:
+    """How evenly layers [N ...] use their experts: fullest over mean, and how many got nothing."""
+    mean = load.assigned.mean(-1, keepdims=True)
+    return {
+        "moe/max_load": jnp.max(load.assigned / jnp.maximum(mean, 1e-9)),
+        "moe/dead_experts": jnp.sum(load.assigned == 0),
+    }
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _take(x: jax.Array, order: jax.Array, inverse: jax.Array, n: int) -> jax.Array:
+    """Rows of x [T D], each of them n times, in `order`, a permutation of T*n: [T*n D].
+
+    The gradient is a gather by the inverse permutation and a sum over n. JAX's own would be a
+    scatter-add, slow on a TPU and, in bfloat16, rounded at each of its additions.
+    """
+    del inverse
+    return x[order // n]
+
+
+def _take_forward(x: jax.Array, order: jax.Array, inverse: jax.Array, n: int) -> tuple:
+    return _take(x, order, inverse, n), inverse
+
+
+def _take_backward(n: int, inverse: jax.Array, gradient: jax.Array) -> tuple:
+    return gradient[inverse].reshape(-1, n, gradient.shape[-1]).sum(1), None, None
+
+
+_take.defvjp(_take_forward, _take_backward)
+
+
+class ExpertLinear(nnx.Module):
+    """One kernel an expert, [E in out]."""
+
+    def __init__(self, experts: int, n_in: int, n_out: int, *, std: float, rngs: nnx.Rngs) -> None:
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (experts, n_in, n_out)))
+
+
+class Experts(nnx.Module):
+    """SwiGLU MLPs, side by side."""
+
+    def __init__(self, config: TextConfig, rngs: nnx.Rngs) -> None:
+        linear = functools.partial(
+            ExpertLinear, config.num_experts, std=config.initializer_range, rngs=rngs
+        )
+        width, hidden = config.hidden_size, config.moe_intermediate_size
+        self.gate_proj = linear(width, hidden)
+        self.up_proj = linear(width, hidden)
+        self.down_proj = linear(hidden, width)
+
+    def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
+        """x [B L D], experts int [B L X] and their weights float32 [B L X] -> [B L D].
+
+        On a mesh every device runs all experts on its own rows; kernels are gathered in x's dtype.
+        """
+        kernels = {
+            name: getattr(self, name).kernel[...].astype(x.dtype)
+            for name in ("gate_proj", "up_proj", "down_proj")
+        }
+        mesh = row_mesh(x)
+        if mesh is None:
+            return mixture(x, chosen, weights, **kernels)
+        specs = {
+            name: parameter_spec(f"mlp.experts.{name}.kernel", kernel.shape, mesh)
+            for name, kernel in kernels.items()
+        }
+
+        def local(x: jax.Array, chosen: jax.Array, weights: jax.Array, kernels: dict) -> jax.Array:
+            whole = {name: gather_axes(kernel, specs[name]) for name, kernel in kernels.items()}
+            return mixture(x, chosen, weights, **whole)
+
+        rows = P(BATCH_AXES)
+        return jax.shard_map(local, in_specs=(rows, rows, rows, specs), out_specs=rows)(
+            x, chosen, weights, kernels
+        )
+
+
+def mixture(
+    x: jax.Array,  # [B L D]
+    chosen: jax.Array,  # int [B L X]
+    weights: jax.Array,  # float32 [B L X]
+    *,
+    gate_proj: jax.Array,  # [E D F]
+    up_proj: jax.Array,  # [E D F]
+    down_proj: jax.Array,  # [E F D]
+) -> jax.Array:
+    """Weighted sum of each token's experts, [B L D] in x's dtype.
+
+    Slots are sorted by expert, so each expert's tokens are a run of rows and the three matmuls are
+    ragged ones over runs of any length: every token gets all its experts, whatever the load.
+    """
+    experts = chosen.reshape(-1)
+    order = jnp.argsort(experts, stable=True)  # S
+    inverse = jnp.argsort(order)
+    sizes = jnp.sum(experts[:, None] == jnp.arange(len(gate_proj)), 0, dtype=jnp.int32)
+    rows = _take(x.reshape(-1, x.shape[-1]), order, inverse, chosen.shape[-1])  # S D
+    hidden = jax.nn.silu(jax.lax.ragged_dot(rows, gate_proj, sizes))
+    hidden = hidden * jax.lax.ragged_dot(rows, up_proj, sizes)  # S F
+    out = _take(jax.lax.ragged_dot(hidden, down_proj, sizes), inverse, order, 1)
+    out = out.reshape(*chosen.shape, -1).astype(jnp.float32)  # B L X D
+    return jnp.sum(out * weights[..., None], -2).astype(x.dtype)
+
+
+class MixtureOfExperts(nnx.Module):
+    """In place of a dense MLP: the router (`gate`) sends every token to X of E experts."""
+
+    def __init__(self, config: TextConfig, rngs: nnx.Rngs) -> None:
+        self.per_token = config.num_experts_per_tok
+        self.normalise = config.norm_topk_prob
+        self.gate = Linear(
+            config.hidden_size,
+            config.num_experts,
+            bias=False,
+            std=config.initializer_range,
+            rngs=rngs,
+        )
+        self.experts = Experts(config, rngs)
+
+    def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, RouterLoad]:
+        """x [B L D] -> [B L D], and the load of the tokens where `real` [B L] holds.
+
+        The router is float32 whatever x is: near a tie bfloat16 would choose other experts.
+        """
+        with jax.default_matmul_precision("highest"):
+            probabilities = jax.nn.softmax(self.gate(x.astype(jnp.float32)))  # B L E
+        weights, chosen = jax.lax.top_k(probabilities, self.per_token)
+        if self.normalise:
+            weights = weights / weights.sum(-1, keepdims=True)
+        counted = real.astype(jnp.float32)[..., None]  # B L 1
+        hits = chosen[..., None] == jnp.arange(probabilities.shape[-1])  # B L X E
+        load = RouterLoad(
+            jnp.sum(counted * hits.sum(-2), (0, 1)),
+            jnp.sum(counted * probabilities, (0, 1)),
+            counted.sum(),
+        )
+        return self.experts(x, chosen, weights), load
