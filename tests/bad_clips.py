@@ -30,12 +30,13 @@ def clip(
     codec_options: dict[str, str] | None = None,
     times: list[int] | None = None,
     pipe: bool = False,
+    busy: bool = False,
 ) -> bytes:
     """Frame i is 4*i + 20 bright, a little textured; times are in tenths of a second."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip"
         out = _Pipe() if pipe else str(path)
-        _write(out, codec, container, frames, size, options or {}, codec_options or {}, times)
+        _write(out, codec, container, frames, size, options or {}, codec_options or {}, times, busy)
         return out.getvalue() if pipe else path.read_bytes()
 
 
@@ -48,13 +49,17 @@ def _write(
     options: dict[str, str],
     codec_options: dict[str, str],
     times: list[int] | None,
+    busy: bool,
 ) -> None:
     with av.open(out, "w", format=container, options=options) as file:
         stream = file.add_stream(codec, rate=10, options={"threads": "1", **codec_options})
         stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
         stream.codec_context.time_base = Fraction(1, 10)
-        noise = np.random.default_rng(0).integers(-9, 10, (*size, 1))
+        rng = np.random.default_rng(0)
+        noise = rng.integers(-9, 10, (*size, 1))
         for i in range(frames):
+            if busy:
+                noise = rng.integers(-60, 61, (*size, 1))
             pixels = np.broadcast_to(np.clip(4 * i + 20 + noise, 0, 255), (*size, 3))
             frame = av.VideoFrame.from_ndarray(pixels.astype(np.uint8), format="rgb24")
             frame.pts, frame.time_base = i if times is None else times[i], Fraction(1, 10)
@@ -133,6 +138,10 @@ def _damaged() -> dict[str, tuple[bytes, tuple[str, ...], dict]]:
                 (*_EITHER, "bad_aspect", "too_long"),
                 {},
             )
+    # H.264's decoder says of most frames that it had to mend them.
+    busy = clip(options={"movflags": "faststart"}, busy=True)
+    for seed in (0, 2, 3):
+        cases[f"one_bit{seed}.mp4"] = flip(busy, seed, 0.3, 0.8, bits=1), _BAD, {}
     return cases
 
 

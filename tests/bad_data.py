@@ -99,9 +99,14 @@ def facts_of(encoded: Any) -> dict[str, Any]:
     }
 
 
-def _peak_kib() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0])
+def _peak_kib(*, anew: bool = False) -> int:
+    """The most memory so far, and from now on if it is to start anew. Only Linux tells."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    if anew:
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(status.read_text().partition("VmHWM:")[2].split()[0])
 
 
 def _outcome(encoder: Any, raw: Any) -> dict[str, Any]:
@@ -128,8 +133,7 @@ def main(folder: Path, start: int) -> None:
         if number < start:
             continue
         faulthandler.dump_traceback_later(SECONDS, exit=True)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before, began = _peak_kib(), time.monotonic()
+        before, began = _peak_kib(anew=True), time.monotonic()
         try:
             if case["line"] is None:
                 rows = RecordSource([SourceConfig(str(folder / case["path"]))])

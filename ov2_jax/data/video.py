@@ -129,6 +129,15 @@ class Clock:
             self.check()
             yield packet
 
+    def frames(self, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+        """Frames in order, up to the first that the decoder had to mend: it spoils what refers to
+        it, so the clip counts as cut off there."""
+        for packet in self.packets(stream):
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    return
+                yield frame
+
     def count_frames(self, stream: av.VideoStream) -> int:
         """What an MP4's index says, else by counting packets: other containers do not say, or only
         in a header field that nothing depends on; and a fragmented MP4's index has its first part
@@ -168,13 +177,12 @@ def _decode(
     with clock.stream() as stream:
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = DECODER_THREADS
-        for packet in clock.packets(stream):
-            for frame in packet.decode():
-                if seen == numbers[len(frames)]:
-                    frames.append(resize(frame.to_image(), *size))
-                seen += 1
-                if len(frames) == len(numbers):
-                    return frames, seen
+        for frame in clock.frames(stream):
+            if seen == numbers[len(frames)]:
+                frames.append(resize(frame.to_image(), *size))
+            seen += 1
+            if len(frames) == len(numbers):
+                break
     return frames, seen
 
 

@@ -205,13 +205,12 @@ def _decode(
         stream.thread_type = "SLICE"
         stream.codec_context.thread_count = DECODER_THREADS
         stream.codec_context.flags2 |= Flags2.export_mvs
-        for packet in clock.packets(stream):
-            for frame in packet.decode():
-                take = seen in wanted
-                scores.add(seen, frame, packets.bits.get(frame.pts), take)
-                if take:
-                    pictures.add(frame)
-                seen += 1
+        for frame in clock.frames(stream):
+            take = seen in wanted
+            scores.add(seen, frame, packets.bits.get(frame.pts), take)
+            if take:
+                pictures.add(frame)
+            seen += 1
     return pictures, seen
 
 
