@@ -1,6 +1,7 @@
 """The report page: what it says and shows is what the loader's batches hold."""
 
 import base64
+import dataclasses
 import html.parser
 import io
 import json
@@ -16,7 +17,7 @@ from PIL import Image
 
 from ov2_jax.data import images as images_lib
 from ov2_jax.data.batch import IGNORE
-from ov2_jax.data.codec import CodecConfig
+from ov2_jax.data.codec import CodecConfig, read_codec_clip
 from ov2_jax.data.config import PackConfig, SourceConfig
 from ov2_jax.data.encode import SampleEncoder
 from ov2_jax.data.inspect import InspectError, check_out, inspect_data, write_page
@@ -264,36 +265,70 @@ def test_pictures_are_the_patches_pixels(corpus, page):
     assert seen["png"] > 20 and seen["jpeg"] == 2  # the two large ones, of noise
 
 
-def test_codec_blocks_and_canvases(corpus, page):
-    """Every patch of the clip is on a canvas where the page's data says."""
-    sample = encoded(corpus)["codec"]
+def check_blocks(page: str, number: int, sample) -> list[dict]:
+    """Every patch of a clip is on a canvas where the page's data says; returns that data."""
     data = report(page)
-    (number,) = (n for n in Reader(page).samples if data["samples"][n]["id"] == "codec")
     canvases = [pixels(uri) for uri, _ in Reader(page).samples[number].uris]
     groups = data["clips"][f"{number}-0"]
-    assert len(groups) == len(sample.windows) > 1
+    assert len(groups) == len(sample.windows)
     block = data["block"]
     columns = canvases[0].shape[1] // block
     area = columns * (canvases[0].shape[0] // block)
     found = {}
     for group, patches in zip(groups, sample.windows.tolist(), strict=True):
         own = [canvases.pop(0) for _ in range(-(-patches // (area * 4)))]
-        anchor = group["frames"][group["anchor"]]
-        assert len(anchor["blocks"]) == 3 * area
         for frame in group["frames"]:
-            assert float(frame["seconds"]) == pytest.approx(frame["t"] / 12, abs=0.0501)
             for k, row, column in np.reshape(frame["blocks"], (-1, 3)).tolist():
                 y, x = k % area // columns * block, k % area % columns * block
-                pixels_ = own[k // area][y : y + block, x : x + block]
+                drawn = own[k // area][y : y + block, x : x + block]
                 for i in range(2):
                     for j in range(2):
-                        patch = pixels_[14 * i : 14 * (i + 1), 14 * j : 14 * (j + 1)]
+                        patch = drawn[14 * i : 14 * (i + 1), 14 * j : 14 * (j + 1)]
                         found[frame["t"], 2 * row + i, 2 * column + j] = patch
+        if group["anchor"] is not None:
+            assert len(group["frames"][group["anchor"]]["blocks"]) == 3 * area
     assert not canvases
     assert len(found) == len(sample.patches)
     for place, patch in zip(sample.patch_positions.tolist(), sample.patches, strict=True):
         want = patch.reshape(3, 14, 14).transpose(1, 2, 0)
         assert np.abs(found[tuple(place)] - want).mean() < 4, place
+    return groups
+
+
+def test_codec_blocks_and_canvases(corpus, page):
+    data = report(page)
+    (number,) = (n for n in Reader(page).samples if data["samples"][n]["id"] == "codec")
+    groups = check_blocks(page, number, encoded(corpus)["codec"])
+    assert len(groups) > 1 and all(group["anchor"] is not None for group in groups)
+    for frame in (frame for group in groups for frame in group["frames"]):
+        assert float(frame["seconds"]) == pytest.approx(frame["t"] / 12, abs=0.0501)
+
+
+@pytest.mark.parametrize("fps", [None, 12])
+def test_canvases_made_beforehand(tmp_path, fps):
+    """Their windows need not begin with an anchor, and without fps their text has no times."""
+    config = dataclasses.replace(CODEC, max_canvases=6)
+    clip = read_codec_clip(str(moving(tmp_path / "a.mp4")), config, timeout_s=60)
+    layout = images_lib.patch_positions(0, 8, 12, 2)[:, 1:]
+    names = [f"{i}.png" for i in range(len(clip.patches) // 96)]
+    for name, patches in zip(names, np.split(clip.patches, len(names)), strict=True):
+        canvas = unpatchify(patches, layout, (8, 12), tiny_model().vision)
+        Image.fromarray(canvas).save(tmp_path / name)
+    raster = np.lexsort((layout[:, 1], layout[:, 0]))
+    order = (raster + 96 * np.arange(len(names))[:, None]).reshape(-1)
+    np.save(tmp_path / "at.npy", clip.positions[order].astype(np.int32))
+    line = {"images": names, "patch_positions": ["at.npy"], "fps": fps,
+            "messages": chat("\n".join(["<image>"] * len(names)) + "\nHm?", "Hm.")}  # fmt: skip
+    if fps is None:
+        del line["fps"]
+    case = experiment(SourceConfig(str(jsonl(tmp_path / "a.jsonl", [line]))))
+    page = inspect_data(case, tokenizer())
+    (sample,) = encoded(case).values()
+    groups = check_blocks(page, 0, sample)
+    assert [len(g["frames"]) > 1 for g in groups] == [True, True]
+    assert page.count('class="codec"') == 1, "one clip"
+    seconds = {f["seconds"] is None for g in groups for f in g["frames"]}
+    assert seconds == {fps is None}
 
 
 def test_statistics(page, corpus):
@@ -337,6 +372,17 @@ def test_nothing_usable_still_tells_why(tmp_path):
     page = inspect_data(experiment(SourceConfig(str(path))), tokenizer())
     assert len(Reader(page).reasons["empty_answer"]) == 1 + 3 * 3
     assert report(page)["packs"] == [] and "#packs" not in Reader(page).links
+
+
+def test_odd_names_can_be_written(tmp_path):
+    """JSON can spell characters that UTF-8 has no bytes for."""
+    odd = '{"id": "a\\ud800b", "messages": [{"role": "user", "content": "Hm?"}%s]}'
+    answer = ', {"role": "assistant", "content": "Hm."}'
+    path = jsonl(tmp_path / "odd.jsonl", [odd % answer, odd % ""])
+    page = inspect_data(experiment(SourceConfig(str(path))), tokenizer())
+    write_page(page, tmp_path / "a.html")
+    page = (tmp_path / "a.html").read_text("utf-8")
+    assert "<h3>a\\ud800b</h3>" in page and "<code>a\\ud800b</code>" in page
 
 
 def test_count_and_samples_bound_the_page(corpus):
@@ -492,7 +538,8 @@ def test_a_click_leads_to_the_sample(tab, page):
     tab.wait(f"location.hash === '#sample-{n}'")
     tab.wait(f"Math.abs(document.querySelector('#sample-{n}').getBoundingClientRect().top) < 500")
     assert tab.run("document.querySelector(':target').id") == f"sample-{n}"
-    assert data["samples"][n]["id"] in tab.run("document.getElementById('picked').textContent")
+    name = json.dumps(data["samples"][n]["id"])
+    tab.wait(f"document.getElementById('picked').textContent.includes({name})")
     other = next((s for s in range(len(data["samples"])) if s not in shown), None)
     tab.run(f"location.hash = '#sample-{other}'")
     tab.wait("document.getElementById('picked').textContent.includes('not among')")

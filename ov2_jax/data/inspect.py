@@ -102,7 +102,8 @@ def write_page(page: str, path: Path) -> None:
     """Replaces the file whole: a killed run leaves no half page."""
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         part = Path(folder) / path.name
-        part.write_text(page, "utf-8")
+        # Ids and file names may hold lone surrogates, which UTF-8 has no bytes for.
+        part.write_bytes(page.encode("utf-8", "backslashreplace"))
         part.replace(path)
 
 
