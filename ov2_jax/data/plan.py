@@ -7,7 +7,7 @@ samples, which fill gaps, come a little ahead of large ones.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ _WAITING = 1024  # samples to choose from; more take longer and hardly fill bett
 _STRATA = 64
 _AHEAD = 2.0  # packs whose worth of samples of each size has come when a pack is filled
 _CHUNK = 1 << 16
+_STARTS = 2  # sets of widths whose numbers of rows are searched
 
 
 class Lengths(NamedTuple):
@@ -191,7 +192,7 @@ def propose_vision_rows(
     classes: int = 3,
     token_cost: float = 16.0,
     even_width: float = 6144.0,
-    samples: int = 4000,
+    samples: int = 10000,
 ) -> tuple[tuple[int, int], ...]:
     """Classes of vision rows for PackConfig(rows, seq_len), such that training costs little.
 
@@ -238,65 +239,75 @@ def propose_vision_rows(
             else:
                 records = every
 
-    costs: dict[tuple[tuple[int, int], ...], float] = {}
+    costs: dict[tuple[int, tuple[tuple[int, int], ...]], float] = {}
 
-    def cost(counts: dict[int, int]) -> float:
+    def cost(counts: dict[int, int], some: int = samples) -> float:
         key = tuple((r, w) for w, r in sorted(counts.items()))
-        if key not in costs:
+        if (some, key) not in costs:
             config = PackConfig(rows, seq_len, key)
-            ends = _plan(table, order, config).ends
+            ends = _plan(table, order[:some], config).ends
             # The last pack counts by how many samples it has, or steps of whole packs would hide
             # what a row more or less does.
-            packs = len(ends) - 1 + np.diff(ends, prepend=0)[-1] * len(ends) / len(order)
+            last = np.diff(ends, prepend=0)[-1] * len(ends) / ends[-1]
             patches = sum(r * w * (1 + w / even_width) for r, w in key)
-            costs[key] = packs * (config.token_slots * token_cost + patches)
-        return costs[key]
+            cost = (len(ends) - 1 + min(last, 1)) * (config.token_slots * token_cost + patches)
+            costs[some, key] = cost
+        return costs[some, key]
 
-    per_pack = rows * seq_len / table.tokens.sum()
     windows = np.repeat(table.run_windows, table.run_counts)
-
-    def start(widths: tuple[int, ...]) -> dict[int, int]:
-        """Rows as each class' windows need them."""
-        which = np.searchsorted(widths, windows)
-        need = np.bincount(which, windows, len(widths)) * per_pack * 1.05
-        counts = np.maximum(np.ceil(need / widths / divide), 1).astype(int) * divide
-        return widened(dict(zip(widths, counts.tolist(), strict=True)))
-
-    starts = [start(widths) for widths in _widths(windows, unit, classes)]
-    best: dict[int, int] = {}
-    for counts in sorted(starts, key=cost)[:3]:
-        while True:  # downhill, a step of rows at a time
-            steps = [
-                widened({**counts, w: counts[w] + d})
-                for w in counts
-                for d in (-divide, divide)
-                if counts[w] + d > 0
-            ]
-            for left_out in sorted(counts)[:-1]:
-                steps.append(widened({w: r for w, r in counts.items() if w != left_out}))
-            better = min(steps, key=cost)
-            if cost(better) >= cost(counts):
-                break
-            counts = better
-        if not best or cost(counts) < cost(best):
-            best = counts
+    per_pack = rows * seq_len / table.tokens.sum()
+    starts = []
+    clips = table.run_windows[table.run_counts >= 4]
+    many = int(clips.max(initial=0))  # the widest of which a record has many
+    for widths in _widths(windows, many, unit, classes):
+        # Rows as each class' own windows need them; but where records want more of the widest,
+        # fewer of the others.
+        need = 1.08 * np.bincount(np.searchsorted(widths, windows), windows, len(widths)) * per_pack
+        fewest = widened({w: divide for w in widths})
+        spare = max(fewest[widths[-1]] * widths[-1] - need[-1], 0)
+        need[:-1] *= max(1 - spare / max(need[:-1].sum(), 1), 0)
+        wanted = np.rint(need / widths / divide).astype(int) * divide
+        counts = {w: max(fewest[w], r) for w, r in zip(widths, wanted.tolist(), strict=True)}
+        starts.append(counts)
+    starts.sort(key=lambda counts: cost(counts, samples // 4))
+    found = [_downhill(counts, divide, widened, cost) for counts in starts[:_STARTS]]
+    best = min(found, key=cost)
     return tuple((r, w) for w, r in sorted(best.items()))
 
 
-def _widths(windows: np.ndarray, unit: int, classes: int) -> list[tuple[int, ...]]:
-    """Sets of widths worth a try; the last holds the largest window."""
-    top = int(windows.max())
+def _downhill(
+    counts: dict[int, int],
+    divide: int,
+    widened: Callable[[dict[int, int]], dict[int, int]],
+    cost: Callable[[dict[int, int]], float],
+) -> dict[int, int]:
+    """Rows by width such that no step lowers the cost: fewer or more rows of a class, rows of one
+    class for rows of another, a class less."""
+    while True:
+        fewer = [{w: -divide} for w in counts]
+        other = [{w: -divide, v: divide} for w in counts for v in counts if v != w]
+        none = [{w: -counts[w]} for w in counts]
+        for step in (*fewer, *other, *none, *({w: divide} for w in counts)):
+            then = {w: r + step.get(w, 0) for w, r in counts.items()}
+            then = {w: r for w, r in then.items() if r}
+            if max(then, default=0) < max(counts):
+                continue  # the widest row holds the largest window
+            then = widened(then)
+            if cost(then) < cost(counts):
+                counts = then
+                break
+        else:
+            return counts
+
+
+def _widths(windows: np.ndarray, many: int, unit: int, classes: int) -> list[tuple[int, ...]]:
+    """Sets of widths worth a try: the last holds the largest window; the others are sizes that
+    windows often have or that clips have, twice those, and parts of the whole."""
     sizes, counts = np.unique(windows, return_counts=True)
-    share = np.cumsum(sizes * counts) / (windows.sum(dtype=np.int64))
-    common = sizes[np.searchsorted(share, (0.2, 0.4, 0.6, 0.8, 0.95)).clip(max=len(sizes) - 1)]
-    frequent = sizes[np.argsort(-(sizes * counts), kind="stable")[:2]]
-    multiples = {int(s) * k for s in frequent for k in (1, 2, 3, 4)}
-    tries = {-(-w // unit) * unit for w in {*common.tolist(), *multiples, top, 2 * top}}
-    wide = sorted(w for w in tries if top <= w <= 2 * top + unit)
-    low = sorted(w for w in tries if w < top)
-    return [
-        (*below, last)
-        for last in wide
-        for k in range(classes)
-        for below in itertools.combinations(low, k)
-    ]
+    share = np.cumsum(sizes * counts) / windows.sum(dtype=np.int64)
+    parts = sizes[np.searchsorted(share, (0.15, 0.3, 0.5, 0.7)).clip(max=len(sizes) - 1)]
+    often = sizes[np.argsort(-(sizes * counts), kind="stable")[:2]]
+    tries = {-(-int(w) // unit) * unit for w in (*parts, *often, *(2 * often), many, 2 * many) if w}
+    widest = -(-int(sizes[-1]) // unit) * unit
+    low = sorted(w for w in tries if w < widest)
+    return [(*below, widest) for k in range(classes) for below in itertools.combinations(low, k)]
