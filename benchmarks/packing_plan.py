@@ -1,8 +1,15 @@
 """How well and how quickly a corpus is packed: data/plan.py against two baselines.
 
-    python benchmarks/packing_plan.py [--samples=1000000] [--cases=...] [--baselines=...]
+    python benchmarks/packing_plan.py [--samples=1000000] [--cases=text,recipe,...] [--rounds=3]
 
-Prints one JSON line a case. Made-up lengths that follow the recipes' corpora (85 M image-text
+Prints one JSON line a case: `text`, where tokens bind; `recipe`, the mix with the rows of
+configs/instruct_8b.py; `proposed`, with the rows that propose_vision_rows wants for it; `tight`,
+with wide rows but fewer slots than the mix has patches a full text row, so that vision binds. `seconds` are one process' on one
+core. `class_fill` and `packs_whose_windows_do_not_fit` (best-fit-decreasing looks at tokens only)
+are of a thousand packs; `max_over_mean` is the busiest of the 128 packs of a step, which the others
+wait for where work is not padded, as the mean over steps.
+
+ Made-up lengths that follow the recipes' corpora (85 M image-text
 pairs, 46 M instruction samples and documents, 8 M clips), patch 14, merge 2, all from one seed.
 Log-normal numbers are (median, sigma):
 
@@ -28,11 +35,12 @@ from bisect import bisect_left, insort
 import numpy as np
 
 from ov2_jax.data.config import PackConfig
-from ov2_jax.data.packing import Pack
+from ov2_jax.data.packing import Pack, SampleSize, place_pack, runs_of
 from ov2_jax.data.plan import Lengths, plan_packs, propose_vision_rows
 
 SEQ_LEN = 32768  # 8B mid-training
 RECIPE = ((17, 4096), (5, 8192))  # configs/instruct_8b.py: 110592 patches
+TIGHT = ((10, 9472),)  # 94720 patches; a full text row of the mix brings 96000
 STEP = 128  # packs of a step of 8B mid-training
 
 
@@ -98,12 +106,13 @@ def mix(n, shares, scale, seed=0):
     rng = np.random.default_rng(seed)
     counts = (n * np.array(shares)).astype(int)
     counts[0] += n - counts.sum()
-    kinds = [f(rng, int(c), scale) for f, c in zip((pairs, chats, documents, clips), counts)]
-    starts = np.cumsum([0, *(len(k.windows) for k in kinds)])
+    makers = zip((pairs, chats, documents, clips), counts.tolist(), strict=True)
+    kinds = [make(rng, count, scale) for make, count in makers]
+    starts = np.cumsum([0, *(len(k.windows) for k in kinds[:-1])])
     return Lengths(
         np.concatenate([k.tokens for k in kinds]).astype(np.int32),
         np.concatenate([k.windows for k in kinds]).astype(np.int32),
-        np.concatenate([k.ends + s for k, s in zip(kinds, starts)]),
+        np.concatenate([k.ends + s for k, s in zip(kinds, starts, strict=True)]),
     )
 
 
@@ -140,21 +149,135 @@ def best_fit_decreasing(lengths, order, config):
     return packs
 
 
-def first_fit(lengths, order, config, runs_of, window=64):
-    """On both budgets: each sample, as they come, into the first pack with room. As many packs are
-    open as the planner has samples to choose from, in tokens; the oldest is closed for a new one."""
-    packs, open_packs = [], []
+def first_fit(lengths, order, config, window=64):
+    """On both budgets: each sample, as it comes, into the first of the open packs with room; for a
+    new pack the oldest is closed. About as many samples as the planner's wait are in open packs."""
+    packs, opened = [], []
     for i in order.tolist():
-        tokens, runs = int(lengths.tokens[i]), runs_of(windows_of(lengths, i).tolist())
-        for state, members in open_packs:
-            if tokens <= state.most_tokens and state.place(i, tokens, runs):
+        windows = windows_of(lengths, i).tolist()
+        sample = i, int(lengths.tokens[i]), sum(windows), runs_of(windows)
+        for state, members in opened:
+            if sample[1] <= state.most_tokens and state.place(*sample):
                 members.append(i)
                 break
         else:
-            state, members = Pack(config), [i]
-            state.place(i, tokens, runs)
-            packs.append(members)
-            open_packs.append((state, members))
-            if len(open_packs) > window:
-                open_packs.pop(0)
+            opened.append((Pack(config), [i]))
+            opened[-1][0].place(*sample)
+            packs.append(opened[-1][1])
+            if len(opened) > window:
+                opened.pop(0)
     return packs
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def per_pack(values, packs):
+    """Sums over each pack of something that every record has."""
+    members = np.concatenate(packs)
+    return np.add.reduceat(
+        values[members], np.cumsum([0, *(len(p) for p in packs[:-1])]), dtype=float
+    )
+
+
+def spread(work):
+    """The busiest pack of a step against the mean, over steps of random packs."""
+    steps = len(work) // STEP or 1
+    steps = np.array_split(np.random.default_rng(0).permutation(work), steps)
+    return round(float(np.mean([s.max() / s.mean() for s in steps])), 3)
+
+
+def figures(lengths, packs, config):
+    def of_record(values):
+        sums = np.concatenate([[0], np.cumsum(values, dtype=np.float64)])
+        return np.diff(sums[lengths.ends], prepend=0)
+
+    tokens, windows = lengths.tokens.astype(float), lengths.windows.astype(float)
+    patches = per_pack(of_record(windows), packs)
+    bounds = [tokens.sum() / config.token_slots, windows.sum() / config.patch_slots]
+    # Rows of vision as the placement fills them, in some of the packs.
+    by_class, misfits, some = np.zeros(len(config.vision_rows)), 0, packs[:: len(packs) // 1000 + 1]
+    for members in some:
+        sizes = [
+            SampleSize(int(lengths.tokens[i]), tuple(windows_of(lengths, i).tolist()))
+            for i in members
+        ]
+        placed = place_pack(sizes, config)
+        misfits += len(placed) < len(sizes)
+        for p in placed:
+            for where, size in zip(p.windows, sizes[p.sample].windows, strict=True):
+                by_class[where.size] += size
+    slots = len(some) * np.array([r * w for r, w in config.vision_rows])
+    return {
+        "packs": len(packs),
+        "packs_over_lower_bound": round(len(packs) / max(bounds), 4),
+        "token_fill": round(bounds[0] / len(packs), 4),
+        "patch_fill": round(bounds[1] / len(packs), 4),
+        "class_fill": [round(f, 3) for f in (by_class / slots).tolist()],
+        "packs_whose_windows_do_not_fit": round(misfits / len(some), 4),
+        "most_patches": int(patches.max()),
+        "max_over_mean": {
+            "tokens": spread(per_pack(tokens, packs)),
+            "patches": spread(patches),
+            "text_attention": spread(per_pack(tokens**2, packs)),
+            "vision_attention": spread(per_pack(of_record(windows**2), packs)),
+        },
+    }
+
+
+def case(name, lengths, rows, args):
+    config = PackConfig(1, SEQ_LEN, rows)
+    order = np.random.default_rng(1).permutation(len(lengths.tokens))
+    runs = []
+    for _ in range(args.rounds):
+        start = time.perf_counter(), time.process_time()
+        plan = plan_packs(lengths, order, config)
+        runs.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    result = {
+        "case": name,
+        "samples": len(order),
+        "windows": len(lengths.windows),
+        "mean_tokens": round(float(lengths.tokens.mean()), 1),
+        "vision_rows": rows,
+        "patch_slots": config.patch_slots,
+        "attention_mscores": round(sum(r * w * w for r, w in rows) / 1e6),
+        "seconds": round(min(r[0] for r in runs), 2),
+        "cpu_seconds": round(min(r[1] for r in runs), 2),
+        "plan": figures(lengths, np.split(plan.members, plan.ends[:-1]), config),
+    }
+    if args.baselines:
+        for baseline in (best_fit_decreasing, first_fit):
+            start = time.perf_counter()
+            packs = baseline(lengths, order, config)
+            seconds = round(time.perf_counter() - start, 1)
+            fills = figures(lengths, packs, config)
+            if baseline is first_fit:  # what fits in its own order is all that it has
+                del fills["packs_whose_windows_do_not_fit"], fills["class_fill"]
+            result[baseline.__name__] = {"seconds": seconds, **fills}
+    print(json.dumps(result), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=1_000_000)
+    parser.add_argument("--rounds", type=int, default=1, help="the quickest counts")
+    parser.add_argument("--baselines", type=int, default=1, help="0 leaves them out")
+    parser.add_argument("--cases", default="text,recipe,proposed,tight")
+    args = parser.parse_args()
+    mixed, wanted = mix(args.samples, MIXED, 1.0), args.cases.split(",")
+    if "text" in wanted:
+        case("text", mix(args.samples, TEXT, 1 / 3), RECIPE, args)
+    if "recipe" in wanted:
+        case("recipe", mixed, RECIPE, args)
+    if "tight" in wanted:
+        case("tight", mixed, TIGHT, args)
+    if "proposed" in wanted:
+        start = time.perf_counter()
+        rows = propose_vision_rows(mixed, 1, SEQ_LEN, unit=128, token_cost=27)
+        seconds = round(time.perf_counter() - start, 1)
+        print(json.dumps({"proposal": rows, "seconds": seconds}), flush=True)
+        case("proposed", mixed, rows, args)
+
+
+if __name__ == "__main__":
+    main()

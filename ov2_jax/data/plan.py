@@ -1,7 +1,7 @@
 """Which samples share a pack, for a whole corpus whose lengths are known.
 
-Packs are filled by the function that the loader uses without a plan (data/packing.py), from about a
-thousand samples that wait. Two things make the packs alike, so that the packs of a step cost the
+Packs are filled by the function that the loader uses without a plan (data/packing.py), from some
+hundreds of samples that wait. Two things make the packs alike, so that the packs of a step cost the
 same and no pack is all clips or all text: samples of each size come at an even pace, and small
 samples, which fill gaps, come a little ahead of large ones.
 """
@@ -16,7 +16,7 @@ from ov2_jax.data.config import PackConfig
 from ov2_jax.data.errors import DataError
 from ov2_jax.data.packing import Pack, Runs, Waiting
 
-_WAITING = 1024  # samples to choose from; more take longer and hardly fill better
+_WAITING = 512  # samples to choose from; more take longer and hardly fill better
 _STRATA = 64
 _AHEAD = 2.0  # packs whose worth of samples of each size has come when a pack is filled
 _CHUNK = 1 << 16
