@@ -235,16 +235,14 @@ def test_good_samples_beside_bad_ones_are_untouched(corpus, outcomes):
     alone, rejected = _load([SourceConfig(str(folder / "good.jsonl"))], folder, len(good), 0)
     assert len(alone) == len(good) and not rejected
 
-    bad = [(c, r) for c, r in zip(cases, outcomes, strict=True) if c.file is None]
-    bad = [(c, r) for c, r in bad if c.video == "uniform"]
+    bad = [case for case in cases if case.file is None and case.video == "uniform"]
     every = len(bad) // (len(good) - 1)
     mixed, wants = [], {}
-    for i, (case, result) in enumerate(bad):
+    for i, case in enumerate(bad):
         if i % every == 0 and i // every < len(good) - 1:
             mixed.append(good[i // every])
         mixed.append(case.line)
-        if result["outcome"] != OK:
-            wants[len(mixed)] = result["outcome"]
+        wants[len(mixed)] = case.wants
     (folder / "mixed.jsonl").write_bytes(b"\n".join([*mixed, good[-1]]) + b"\n")
     opens = [
         SourceConfig(str(folder / place["path"]))
@@ -254,7 +252,9 @@ def test_good_samples_beside_bad_ones_are_untouched(corpus, outcomes):
     found, rejected = _load(
         [*opens, SourceConfig(str(folder / "mixed.jsonl"))], folder, len(good), 2
     )
-    assert {r["line"]: r["reason"] for r in rejected if r["file"].endswith("mixed.jsonl")} == wants
+    reasons = {r["line"]: r["reason"] for r in rejected if r["file"].endswith("mixed.jsonl")}
+    assert all(reasons.get(number, OK) in allowed for number, allowed in wants.items())
+    assert reasons.keys() <= wants.keys()
     assert found.keys() == alone.keys()
     for name, batch in alone.items():
         for want, got in zip(_arrays(batch), _arrays(found[name]), strict=True):
