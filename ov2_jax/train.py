@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -70,6 +71,7 @@ def _counts(info: StepInfo) -> dict[str, float]:
         "data/seen": info.seen,
         "data/rejected": info.rejected,
         "data/truncated": info.truncated,
+        "data/uniform_fallbacks": info.uniform_fallbacks,
         **_shares(info),
     }
 
@@ -87,19 +89,53 @@ def _shares(info: StepInfo) -> dict[str, float]:
     }
 
 
-class Reporter:
-    """Turns a step's device metrics and host counts into numbers, one step behind the devices."""
+def _when_ready(metrics: Metrics) -> float:
+    """Waits until the devices are through with a step; returns the time."""
+    jax.block_until_ready(metrics)
+    return time.perf_counter()
 
-    def __init__(self, experiment: Experiment, writer: MetricWriter, workdir: epath.Path) -> None:
+
+class Reporter:
+    """Turns a step's device metrics and host counts into numbers, one step behind the devices.
+
+    `watcher` runs one thread, which notes when the devices are through with a step.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        writer: MetricWriter,
+        workdir: epath.Path,
+        watcher: ThreadPoolExecutor,
+    ) -> None:
         self._experiment = experiment
         self._writer = writer
         self._workdir = workdir
+        self._watcher = watcher
+        self._idle_from: Future[float] | None = None  # when the newest step was through
+        self._idle = 0.0  # seconds since the last report
         self._pending: tuple[int, Metrics, StepInfo, Work] | None = None
         self._since, self._started = time.perf_counter(), False
         self._window: collections.deque[tuple[float, ...]] = collections.deque(maxlen=50)
 
-    def add(self, step: int, metrics: Metrics, info: StepInfo, work: Work) -> None:
-        """Takes a step that was just started, and reports the one before it."""
+    def add(
+        self,
+        step: int,
+        metrics: Metrics,
+        info: StepInfo,
+        work: Work,
+        waited: tuple[float, float],
+    ) -> None:
+        """Takes a step that was just started, and reports the one before it.
+
+        `waited`: from when to when the host waited for the step's batch. That keeps the devices
+        waiting only from when they are through with the step before.
+        """
+        start, end = waited
+        if self._idle_from is not None:
+            start = max(start, self._idle_from.result())
+        self._idle += max(0.0, end - start)
+        self._idle_from = self._watcher.submit(_when_ready, metrics)
         self.flush()
         self._pending = (step, metrics, info, work)
 
@@ -112,15 +148,17 @@ class Reporter:
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         if self._started:  # the first step's time is the compiler's
-            self._window.append((seconds, values["tokens"], values["patches"]))
-        self._started = True
-        span = sum(s for s, *_ in self._window) or math.inf
+            self._window.append((seconds, self._idle, values["tokens"], values["patches"]))
+        self._started, self._idle = True, 0.0
+        span, idle, tokens, patches = map(sum, zip((0.0,) * 4, *self._window, strict=True))
+        span = span or math.inf
         # Windows and samples are known on the host, which sees its own share of them only.
         share = work.tokens / max(1, values["tokens"])
         flops = train_flops(self._experiment.model, work, self._experiment.optimizer.train)
         values |= {
-            "tokens_per_second": sum(tokens for _, tokens, _ in self._window) / span,
-            "patches_per_second": sum(patches for *_, patches in self._window) / span,
+            "tokens_per_second": tokens / span,
+            "patches_per_second": patches / span,
+            "data_wait_share": idle / span,
             "step_seconds": seconds,
             "model_flops_per_second": flops / max(share, 1e-9) / seconds,
             **_counts(info),
@@ -201,19 +239,22 @@ def _train(experiment: Experiment, stack: contextlib.ExitStack) -> int:
             active=first_process,
         )
     )
+    watcher = stack.enter_context(ThreadPoolExecutor(1))
     writer.say(f"{'Resuming' if step else 'Starting'} at step {step} on mesh {dict(mesh.shape)}")
     for note in notes:
         writer.say(note)
     # Transfers that nobody asked for are errors: each would stall the devices at every step.
     with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
-        reporter = Reporter(experiment, writer, workdir)
+        reporter = Reporter(experiment, writer, workdir, watcher)
         while step < experiment.steps:
+            asked = time.perf_counter()
             batch, info = next(loader)
+            waited = asked, time.perf_counter()
             work = batch_work(batch)
             # Returns at once: the devices work while the host reports and fetches the next batch.
             state, metrics = train_step(state, to_devices(batch, mesh, experiment.grad_accum))
             step += 1
-            reporter.add(step, metrics, info, work)
+            reporter.add(step, metrics, info, work, waited)
             last = step == experiment.steps or stop.asked(step)
             if last or step % experiment.checkpoint.every == 0:
                 reporter.flush()

@@ -7,20 +7,28 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
+import fsspec
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
 from ml_collections import ConfigDict
 
 from conversion import from_hf, to_hf
 from ov2_jax.checkpoint_dir import CheckpointError
+from ov2_jax.data.loader import StepInfo
 from ov2_jax.generation.load import open_checkpoint
 from ov2_jax.model.config import ConfigError
-from ov2_jax.train import TrainingError, train
+from ov2_jax.train import Reporter, TrainingError, train
 from ov2_jax.training.config import experiment_from
+from ov2_jax.training.flops import Work
+from ov2_jax.training.metrics import MetricWriter
 from tests.runs import REPOSITORY, SMALL, config_of, run
 
 # A restore that fails leaves futures that nobody asks for their result.
@@ -231,7 +239,66 @@ def test_metrics_say_what_a_step_did(finished):
         assert np.isfinite(line[name])
     assert 0.5 < line["utilisation/tokens"] <= 1 and 0.3 < line["utilisation/patches"] <= 1
     assert line["data/seen"] >= line["samples"] > 0 and line["model_flops_per_second"] > 0
+    assert line["data/truncated"] == line["data/uniform_fallbacks"] == 0
+    assert 0 <= line["data_wait_share"] <= 1
     assert list((finished / "tensorboard").iterdir())
+
+
+class _FarFiles(MemoryFileSystem):
+    """far://: files that take their time to open."""
+
+    protocol = "far"
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("far:/"))
+
+    def _open(self, path: str, mode: str = "rb", **kwargs):
+        time.sleep(0.25 if mode == "rb" else 0)
+        return super()._open(path, mode, **kwargs)
+
+
+def test_slow_files_are_seen_as_time_spent_waiting_for_data(tmp_path, data, capsys):
+    fsspec.register_implementation("far", _FarFiles, clobber=True)
+    files = fsspec.filesystem("far")
+    for path in data.parent.rglob("*"):
+        if path.is_file():
+            files.pipe_file(f"far://data/{path.relative_to(data.parent)}", path.read_bytes())
+    sources = ({"path": str(data), "root": "far://data"},)
+    run(tmp_path / "run", data, steps=5, **{"data.sources": sources})
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    shares = [json.loads(line)["data_wait_share"] for line in lines]
+    assert shares[0] == 0  # the first step's time is the compiler's
+    assert 0.2 < shares[-1] <= 1, shares
+    assert f"waits for data {shares[-1]:.0%}" in capsys.readouterr().err
+
+
+def test_waiting_counts_only_while_the_devices_have_nothing_to_do(tmp_path, data):
+    experiment = experiment_from(config_of(tmp_path, data))
+    info = StepInfo(*[0] * len(StepInfo._fields))
+    info = info._replace(token_slots=1, class_patches=(), class_slots=(), mixture=())
+    names = ("loss", "tokens", "patches", "skipped_in_a_row")
+    options = {"steps": 9, "start": 0, "config": {}, "wandb_project": None, "active": True}
+    where = epath.Path(tmp_path)
+    with MetricWriter(where, **options) as writer, ThreadPoolExecutor(1) as watcher:
+        reporter = Reporter(experiment, writer, where, watcher)
+
+        def step(number: int, start: float, end: float) -> None:
+            """A step that is through at once; the wait for it started and ended so long ago."""
+            time.sleep(0.2)
+            now = time.perf_counter()
+            metrics = jax.block_until_ready(jax.device_put(dict.fromkeys(names, np.float32(0))))
+            reporter.add(number, metrics, info, Work(1, 0, 0, 0), (now - start, now - end))
+
+        step(1, 10, 0)  # before the first step, when the clock does not run yet
+        step(2, 10, 5)  # over before step 1 was through
+        step(3, 10, 0)  # counts from when step 2 was through, 0.2 s
+        step(4, 10, 5)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    first, second, third = (json.loads(line)["data_wait_share"] for line in lines)
+    assert first == 0 and 0.8 < second <= 1 and 0.3 < third < 0.7
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from rich.progress import (
 )
 from tensorboardX import SummaryWriter
 
+_WAIT_SHOWN = 0.05  # share of the time; less is not worth a place in the bar
+
 
 def _keep_until(path: epath.Path, step: int) -> None:
     """Drops lines behind `step`, which a resumed run will write again, and a torn last line."""
@@ -116,6 +118,8 @@ class MetricWriter:
             f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
             f"{metrics['patches_per_second']:,.0f} patches/s"
         )
+        if metrics["data_wait_share"] >= _WAIT_SHOWN:
+            numbers += f"  waits for data {metrics['data_wait_share']:.0%}"
         self._progress.update(self._task, completed=step, numbers=numbers)
         if not self._console.is_terminal and (step % max(1, self._steps // 20) == 0):
             self._console.print(f"step {step}/{self._steps}  {numbers}", highlight=False)
