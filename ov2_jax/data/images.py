@@ -21,7 +21,7 @@ MAX_ASPECT = 200
 # A decoded picture of this size takes 360 MB; Pillow's own warning starts here too. A few bytes of
 # PNG can claim any size, so the header is checked before anything is decoded.
 MAX_SOURCE_PIXELS = 89_478_485
-_STRIP_PIXELS = 1 << 20  # laid over white at once
+_STRIP_PIXELS = 1 << 22  # laid over white at once
 
 # Pillow warns of every odd tag of every picture. What matters becomes a SampleError.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
