@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import jax
 from absl import app, flags, logging
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from conversion.errors import ConversionError
@@ -56,7 +57,7 @@ def inspect_data(
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, transient=True) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("samples", total=count)
         road = open_road(
             experiment.data,
@@ -115,6 +116,17 @@ def _define_flags() -> None:
     flags.mark_flags_as_required(["config", "out"])
 
 
+def _experiment() -> Experiment:
+    config = flags.FLAGS.config
+    try:
+        with config.unlocked():  # no run is started, so none of its folders is needed
+            config.workdir = config.get("workdir") or "unused"
+    except OSError as e:  # a file that could not be loaded says so when it is first used
+        reason = str(e.__cause__ or e).splitlines()[-1].strip()
+        raise ConfigError(f"The file that --config names cannot be loaded: {reason}.") from e
+    return with_checkpoint_model(experiment_from(config), resuming=False)[0]
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
@@ -122,10 +134,7 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # beside a training run: its accelerator is its own
     try:
         path = check_out(flags.FLAGS.out)
-        config = flags.FLAGS.config
-        with config.unlocked():  # no run is started, so none of its folders is needed
-            config.workdir = config.get("workdir") or "unused"
-        experiment, _ = with_checkpoint_model(experiment_from(config), resuming=False)
+        experiment = _experiment()
         folder = tokenizer_folder(experiment, resuming=False)
         tokenizer = load_tokenizer(folder, experiment.model)
         page = inspect_data(

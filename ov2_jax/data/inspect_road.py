@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _READ_AHEAD = 8  # samples
-_PACKS_AHEAD = 2
+_PACKS_AHEAD = 4
 
 TEXT, VISION, LOSS = range(3)  # kinds of tokens
 
