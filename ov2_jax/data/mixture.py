@@ -111,3 +111,8 @@ class Mixture:
         within = slot - int(self._ends[leaf]) + self.draws[leaf]
         drawn = ordinal // self.epoch * self.draws[leaf] + within
         return leaf, int(self._starts[leaf]) + int(self._orders[leaf][drawn])
+
+    def epoch_records(self, epoch: int) -> np.ndarray:
+        """Indices of the records that an epoch reads, int64 [self.epoch], in order."""
+        ordinals = range(epoch * self.epoch, (epoch + 1) * self.epoch)
+        return np.fromiter((self.locate(n)[1] for n in ordinals), np.int64, self.epoch)

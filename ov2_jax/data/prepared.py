@@ -4,7 +4,7 @@
     lengths/00000...     shards: lengths of so many records each, and which were set aside
     lengths.safetensors  lengths of all records in one table
     plan.safetensors     which records share a pack
-    packed-DIGEST/       if asked for: the packs' encoded samples (packed_shards.py)
+    packed-DIGEST-32/    if asked for: the packs' encoded samples (packed_shards.py)
     rejected.jsonl       samples that were set aside
     report.json, report.md
     plan.json            what the plan depends on, and its digest; written last
@@ -102,9 +102,10 @@ class PlanInfo(NamedTuple):
     digest: str
     inputs: dict[str, Any]  # fingerprint.mixture_inputs
     seed: int  # rules which records of partly drawn data sets are in
-    epochs: tuple[int, ...]  # packs of each planned epoch of the mixture
+    planned_epochs: int  # of the mixture
+    epochs: tuple[int, ...]  # packs of each of them that has any
     samples: int  # in all packs
-    packed_files: int  # of packed-DIGEST, 0 if there are none
+    packed_files: int  # of packed_folder, 0 if there are none
     packs_per_file: int
 
 
@@ -142,11 +143,20 @@ class Plan:
         )
 
     def packed_files(self) -> list[str]:
-        return [packed_file(self.folder, self.info, i) for i in range(self.info.packed_files)]
+        """Files of encoded packs; none unless they were asked for."""
+        digest, size = self.info.digest, self.info.packs_per_file
+        return [
+            packed_file(self.folder, digest, size, number)
+            for number in range(self.info.packed_files)
+        ]
 
 
-def packed_file(folder: epath.Path, info: PlanInfo, number: int) -> str:
-    return str(folder / f"packed-{info.digest}" / f"{number:05d}.array_record")
+def packed_folder(digest: str, packs_per_file: int) -> str:
+    return f"packed-{digest}-{packs_per_file}"
+
+
+def packed_file(folder: epath.Path, digest: str, packs_per_file: int, number: int) -> str:
+    return str(folder / packed_folder(digest, packs_per_file) / f"{number:05d}.array_record")
 
 
 def digest_of(*files: epath.Path) -> str:
