@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from ov2_jax.data import images as images_lib
 from ov2_jax.data.batch import IGNORE
@@ -24,7 +25,10 @@ from ov2_jax.data.inspect import InspectError, check_out, inspect_data, write_pa
 from ov2_jax.data.inspect_media import data_uri, sample_kind, unpatchify, window_kind
 from ov2_jax.data.inspect_page import histogram
 from ov2_jax.data.loader import make_loader
+from ov2_jax.data.prepare import prepare
+from ov2_jax.data.prepare_work import Job, Processes
 from ov2_jax.data.records import RecordSource
+from ov2_jax.data.sample import EncodedSample
 from ov2_jax.quickstart.dataset import write_dataset
 from ov2_jax.training.config import Experiment
 from tests.browser import chromium, needs_chromium
@@ -180,6 +184,30 @@ def encoded(corpus: Experiment) -> dict:
 
 
 def test_rows_are_the_loaders_batches(corpus, page, tmp_path):
+    check_rows(corpus, page, tmp_path)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_are_those_of_the_plan(corpus, page, tmp_path, packed):
+    out = tmp_path / "plan"
+    job = Job(
+        corpus.data, corpus.pack, corpus.model, corpus.tokenizer, seed=corpus.seed, out=str(out)
+    )
+    prepare(job, Processes(1), packed_shards=packed, console=Console(quiet=True))
+    data = dataclasses.replace(corpus.data, plan=str(out))
+    planned = dataclasses.replace(corpus, data=data)
+    got = inspect_data(planned, tokenizer(), count=1000, samples=2)
+    check_rows(planned, got, tmp_path)
+    names = [s["id"] for s in report(got)["samples"]]
+    good = {s.id for s in encoded(corpus).values() if isinstance(s, EncodedSample)}
+    assert set(names) == good and len(names) == 60 + 2 * 3
+    # Those that prepare found, and the broken picture that only decoding finds.
+    assert {reason: sorted(cells) for reason, cells in Reader(got).reasons.items()} == {
+        reason: sorted(cells) for reason, cells in Reader(page).reasons.items()
+    }
+
+
+def check_rows(corpus: Experiment, page: str, tmp_path: Path) -> None:
     data = report(page)
     assert len(data["packs"]) > 2
     step = 0
@@ -483,6 +511,9 @@ def test_the_program(corpus, tmp_path):
     missing = run(config, "--config.data.sources[0].path=none.jsonl", f"--out={out}")
     assert missing.returncode == 1
     assert missing.stderr.strip().splitlines()[-1].startswith("DataError: The data source none.js")
+    absent = run("--config=configs/absent.py", f"--out={out}")
+    assert absent.returncode == 1
+    assert absent.stderr.startswith("ConfigError: The file that --config names cannot be loaded")
     assert out.read_text() == page, "a failed run leaves the page of the one before"
 
 
