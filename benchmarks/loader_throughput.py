@@ -1,0 +1,311 @@
+"""How fast pictures, clips and packed rows are made on the host.
+
+    python benchmarks/loader_throughput.py [--parts=images,clips,rows] [--rounds=5]
+
+Makes its own JPEGs and H.264 clips, of a texture as noisy as photographs, in a temporary folder and
+prints one JSON line a measurement.
+
+images  the road of a training sample (file, decode, resize, patches, tokens) against transformers'
+        Qwen-VL processor on the same files; pixels are compared first.
+clips   16 uniform frames, and codec-style reading, against PyAV decoding to RGB and nothing else.
+rows    the whole loader with pictures, clips and text, with threads and with worker processes.
+
+Two sides of a ratio alternate in one process, and each file counts with its best round, in CPU time
+(all threads of the process) and wall time: so a ratio holds on a busy machine too, seconds and the
+rates of worker processes only on a quiet one.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+
+import av
+import numpy as np
+from PIL import Image
+
+from ov2_jax.data.codec import CodecConfig, read_codec_clip
+from ov2_jax.data.config import DataConfig, PackConfig, SourceConfig
+from ov2_jax.data.encode import SampleEncoder
+from ov2_jax.data.images import smart_resize
+from ov2_jax.data.loader import make_loader
+from ov2_jax.data.tokenizer import load_tokenizer
+from ov2_jax.data.video import DECODER_THREADS, Sampling, read_clip, select_frames
+from ov2_jax.model.config import ModelConfig, TextConfig, VisionConfig
+from ov2_jax.quickstart import TOKENIZER
+
+MIN_PIXELS, MAX_PIXELS = 56 * 56, 1280 * 28 * 28  # the defaults, of the released models too
+FRAME_PIXELS = 200_704  # 256 tokens a frame
+SIZES = {  # (height, width)
+    "960x1280": [(960, 1280)] * 4,
+    # Pictures of instruction data, documents, and a camera's.
+    "mix": [(480, 640), (427, 640), (333, 500), (768, 1024), (1280, 960), (1654, 1169)]
+    + [(1080, 1920), (224, 224), (640, 480), (3024, 4032)],
+}
+CLIPS = {"720p 10 s": (720, 1280, 300), "360p 30 s": (360, 640, 900)}
+FPS, FRAMES = 30, 16
+QUESTION = [{"role": "user", "content": "<image>\nWhat is here?"}]
+
+
+def texture(height: int, width: int, seed: int) -> Image.Image:
+    """Noise in octaves: a JPEG of quality 90 has about 2.5 bits a pixel, as photographs do."""
+    rng = np.random.default_rng(seed)
+    pixels = np.full((height, width, 3), 128, np.float32)
+    for size, strength in ((1, 4), (2, 6), (4, 10), (16, 25), (64, 40), (256, 60)):
+        shape = height // size + 2, width // size + 2
+        grey = rng.standard_normal(shape).astype(np.float32)
+        for channel in range(3):
+            noise = grey + 0.3 * rng.standard_normal(shape).astype(np.float32)
+            large = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+            pixels[..., channel] += strength * np.asarray(large)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def write_jpegs(folder: pathlib.Path, sizes: Iterable[tuple[int, int]]) -> list[str]:
+    paths = [folder / f"{seed}_{h}x{w}.jpg" for seed, (h, w) in enumerate(sizes)]
+    for seed, (path, (height, width)) in enumerate(zip(paths, sizes, strict=True)):
+        texture(height, width, seed).save(path, quality=90)
+    return [str(path) for path in paths]
+
+
+def write_clip(path: pathlib.Path, height: int, width: int, frames: int) -> str:
+    """A camera that moves over a texture, and a square of another one that moves over it."""
+    ground = np.asarray(texture(height + 256, width + 256, 1))
+    thing = np.asarray(texture(height // 4, width // 4, 2))
+    with av.open(str(path), "w") as container:
+        options = {"crf": "23", "preset": "veryfast", "g": "120"}
+        stream = container.add_stream("libx264", rate=FPS, options=options)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        for i in range(frames):
+            y, x = (round(128 + 120 * f(i / 100)) for f in (math.sin, math.cos))
+            picture = ground[y : y + height, x : x + width].copy()
+            top, left = (7 * i % (side * 3 // 4) for side in (height, width))
+            picture[top : top + height // 4, left : left + width // 4] = thing
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return str(path)
+
+
+def alternate(
+    sides: dict[str, Callable[[str], object]], files: list[str], rounds: int
+) -> dict[str, tuple[float, float]]:
+    """(CPU, wall) seconds of each side for all files, each file's best round."""
+    best = {name: np.full((len(files), 2), np.inf) for name in sides}
+    for _ in range(rounds):
+        for i, file in enumerate(files):
+            for name, read in sides.items():
+                cpu, wall = time.process_time(), time.perf_counter()
+                read(file)
+                spent = time.process_time() - cpu, time.perf_counter() - wall
+                best[name][i] = np.minimum(best[name][i], spent)
+    return {name: tuple(seconds.sum(0).tolist()) for name, seconds in best.items()}
+
+
+def report(**values: object) -> None:
+    rounded = {k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in values.items()}
+    print(json.dumps(rounded), flush=True)
+
+
+def small_model() -> ModelConfig:
+    """Patches and windows as in the released models; nothing is computed with it."""
+    sizes = {"intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+    return ModelConfig(
+        vision=VisionConfig(hidden_size=32, out_hidden_size=32, **sizes),
+        text=TextConfig(
+            vocab_size=512, hidden_size=32, num_key_value_heads=1, head_dim=32, **sizes
+        ),
+        image_token_id=5,
+        video_token_id=6,
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+    )
+
+
+def bench_images(folder: pathlib.Path, rounds: int) -> None:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    vision = small_model().vision
+    theirs = Qwen2VLImageProcessorPil(
+        patch_size=vision.patch_size,
+        merge_size=vision.spatial_merge_size,
+        temporal_patch_size=1,
+        min_pixels=MIN_PIXELS,
+        max_pixels=MAX_PIXELS,
+    )
+    data = DataConfig(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
+    encoder = SampleEncoder(data, small_model(), load_tokenizer(TOKENIZER, small_model()))
+
+    def hf(path: str) -> np.ndarray:
+        with Image.open(path) as image:
+            return theirs(images=image, return_tensors="np")["pixel_values"]
+
+    def ours(path: str) -> np.ndarray:
+        return encoder.encode_prompt(QUESTION, [path]).patches
+
+    area = vision.patch_size**2
+    mean, deviation = (np.repeat(x, area) for x in (theirs.image_mean, theirs.image_std))
+    for name, sizes in SIZES.items():
+        (folder / name).mkdir()
+        files = write_jpegs(folder / name, sizes)
+        for file in files:
+            if not np.array_equal(ours(file), np.rint((hf(file) * deviation + mean) * 255)):
+                raise SystemExit(f"{file}: pixels differ from the Hugging Face processor's")
+        seconds = alternate({"ours": ours, "hf": hf}, files, rounds)
+        megabytes = sum(pathlib.Path(file).stat().st_size for file in files) / 1e6
+        report(
+            part="images",
+            files=name,
+            megabytes=megabytes,
+            per_core=len(files) / seconds["ours"][0],
+            hf_per_core=len(files) / seconds["hf"][0],
+            ratio_cpu=seconds["hf"][0] / seconds["ours"][0],
+            ratio_wall=seconds["hf"][1] / seconds["ours"][1],
+        )
+
+
+def to_rgb(path: str, numbers: Iterable[int] | None) -> int:
+    """Decodes up to the last number; converts these frames to RGB arrays, or all."""
+    wanted = None if numbers is None else set(numbers)
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = DECODER_THREADS
+        count = 0
+        for number, frame in enumerate(container.decode(stream)):
+            if wanted is None or number in wanted:
+                count += frame.to_ndarray(format="rgb24").size > 0
+            if wanted is not None and number == max(wanted):
+                break
+    return count
+
+
+def target_size(frames: int, height: int, width: int) -> tuple[int, int]:
+    return smart_resize(height, width, factor=28, min_pixels=MIN_PIXELS, max_pixels=FRAME_PIXELS)
+
+
+def bench_clips(folder: pathlib.Path, rounds: int) -> None:
+    config = CodecConfig()
+    for name, (height, width, frames) in CLIPS.items():
+        path = write_clip(folder / f"{height}.mp4", height, width, frames)
+        numbers = select_frames(frames, FRAMES)
+        sides = {
+            "uniform": lambda file: read_clip(
+                file, Sampling(FRAMES, None, FRAMES), timeout_s=600, target_size=target_size
+            ),
+            "codec": lambda file: read_codec_clip(file, config, timeout_s=600),
+            "pyav_same": lambda file, numbers=numbers: to_rgb(file, numbers),
+            "pyav_all": lambda file: to_rgb(file, None),
+        }
+        seconds = alternate(sides, [path], rounds)
+        cpu = {side: spent for side, (spent, _) in seconds.items()}
+        report(
+            part="clips",
+            clip=name,
+            kbit_per_s=pathlib.Path(path).stat().st_size * 8 / 1000 / (frames / FPS),
+            uniform_per_core=1 / cpu["uniform"],
+            codec_per_core=1 / cpu["codec"],
+            pyav_same_per_core=1 / cpu["pyav_same"],
+            uniform_over_pyav_same=cpu["uniform"] / cpu["pyav_same"],
+            codec_over_uniform=cpu["codec"] / cpu["uniform"],
+            codec_over_pyav_all=cpu["codec"] / cpu["pyav_all"],
+        )
+
+
+def write_mixture(folder: pathlib.Path, samples: int) -> pathlib.Path:
+    """Of ten samples six have a picture, one a clip of 8 s in 360p, three are text."""
+    pictures = write_jpegs(folder, [size for size in SIZES["mix"][:-1] for _ in range(2)])
+    clips = [write_clip(folder / f"{i}.mp4", 360, 640, 240) for i in range(2)]
+    rng = np.random.default_rng(0)
+    words = ["which", "color", "is", "the", "large", "circle", "left", "of", "a", "red", "square"]
+    path = folder / "train.jsonl"
+    with path.open("w") as file:
+        for i in range(samples):
+            question, answer = (" ".join(rng.choice(words, n)) for n in rng.integers(8, 120, 2))
+            record = {}
+            if i % 10 < 6:
+                record["image"] = pictures[i % len(pictures)]
+                question = f"<image>\n{question}"
+            elif i % 10 == 6:
+                record["video"] = clips[i // 10 % len(clips)]
+                question = f"<video>\n{question}"
+            turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+            file.write(json.dumps({**record, "conversations": turns}) + "\n")
+    return path
+
+
+def bench_rows(folder: pathlib.Path, rounds: int, workers: list[int], steps: int) -> None:
+    model, path = small_model(), write_mixture(folder, 1000)
+    tokenizer = load_tokenizer(TOKENIZER, model)
+    pack = PackConfig(rows=4, seq_len=8192, vision_rows=((16, 5120), (2, 8192)))
+    best: dict[int, dict[str, float]] = {}
+    for number in range(rounds):
+        for count in workers if number % 2 == 0 else reversed(workers):
+            data = DataConfig(
+                sources=(SourceConfig(str(path)),),
+                frame_max_pixels=FRAME_PIXELS // 2,
+                num_frames=FRAMES,
+                num_workers=count,
+                lookahead=64,
+                shuffle=True,
+            )
+            options = {"packs_per_step": 1, "seed": 0, "rejects_path": folder / "rejected.jsonl"}
+            loader = make_loader(data, pack, model, tokenizer, **options)
+            try:
+                for _ in range(4):  # past the start of the workers and the buffers' first filling
+                    next(loader)
+                cpu, wall = time.process_time(), time.perf_counter()
+                infos = [next(loader)[1] for _ in range(steps)]
+                cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+            finally:
+                loader.close()
+            if count in best and best[count]["wall"] <= wall:
+                continue
+            best[count] = {
+                "wall": wall,
+                "cpu": cpu,
+                "rows": steps * pack.rows,
+                "samples": sum(info.samples for info in infos),
+                "tokens": sum(info.tokens for info in infos),
+                "patches": sum(info.patches for info in infos),
+                "filled": sum(info.tokens for info in infos) / (steps * pack.token_slots),
+            }
+    for count in workers:
+        values = best[count]
+        rates = {
+            f"{name}_per_s": values[name] / values["wall"]
+            for name in ("rows", "samples", "tokens", "patches")
+        }
+        if not count:  # the CPU time of worker processes is not this process's
+            rates["rows_per_core"] = values["rows"] / values["cpu"]
+            rates["patches_per_core"] = values["patches"] / values["cpu"]
+        against = {f"over_{other}": best[other]["wall"] / values["wall"] for other in workers[:2]}
+        report(part="rows", workers=count, **rates, filled=values["filled"], **against)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--parts", default="images,clips,rows")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", default="0,1,2", help="numbers of worker processes to compare")
+    parser.add_argument("--steps", type=int, default=12, help="steps a measurement of rows")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = pathlib.Path(folder)
+        for part in args.parts.split(","):
+            (root / part).mkdir()
+            if part == "images":
+                bench_images(root / part, args.rounds)
+            elif part == "clips":
+                bench_clips(root / part, args.rounds)
+            elif part == "rows":
+                workers = [int(n) for n in args.workers.split(",")]
+                bench_rows(root / part, args.rounds, workers, args.steps)
+            else:
+                parser.error(f"--parts has {part!r}; it knows images, clips and rows")
+
+
+if __name__ == "__main__":
+    main()
