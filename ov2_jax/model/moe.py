@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from ov2_jax.model.config import TextConfig
+from ov2_jax.model.grouped import grouped_matmul
 from ov2_jax.model.layers import Linear
 from ov2_jax.sharding import BATCH_AXES, gather_axes, parameter_spec, row_mesh
 
@@ -110,9 +111,11 @@ class Experts(nnx.Module):
             return mixture(x, chosen, weights, **whole)
 
         rows = P(BATCH_AXES)
-        return jax.shard_map(local, in_specs=(rows, rows, rows, specs), out_specs=rows)(
-            x, chosen, weights, kernels
+        # Unchecked: the Pallas kernel in here does not say over which axes its result varies.
+        run = jax.shard_map(
+            local, in_specs=(rows, rows, rows, specs), out_specs=rows, check_vma=False
         )
+        return run(x, chosen, weights, kernels)
 
 
 def mixture(
@@ -127,16 +130,16 @@ def mixture(
     """Weighted sum of each token's experts, [B L D] in x's dtype.
 
     Slots are sorted by expert, so each expert's tokens are a run of rows and the three matmuls are
-    ragged ones over runs of any length: every token gets all its experts, whatever the load.
+    grouped ones over runs of any length: every token gets all its experts, whatever the load.
     """
     experts = chosen.reshape(-1)
     order = jnp.argsort(experts, stable=True)  # S
     inverse = jnp.argsort(order)
     sizes = jnp.sum(experts[:, None] == jnp.arange(len(gate_proj)), 0, dtype=jnp.int32)
     rows = _take(x.reshape(-1, x.shape[-1]), order, inverse, chosen.shape[-1])  # S D
-    hidden = jax.nn.silu(jax.lax.ragged_dot(rows, gate_proj, sizes))
-    hidden = hidden * jax.lax.ragged_dot(rows, up_proj, sizes)  # S F
-    out = _take(jax.lax.ragged_dot(hidden, down_proj, sizes), inverse, order, 1)
+    hidden = jax.nn.silu(grouped_matmul(rows, gate_proj, sizes))
+    hidden = hidden * grouped_matmul(rows, up_proj, sizes)  # S F
+    out = _take(grouped_matmul(hidden, down_proj, sizes), inverse, order, 1)
     out = out.reshape(*chosen.shape, -1).astype(jnp.float32)  # B L X D
     return jnp.sum(out * weights[..., None], -2).astype(x.dtype)
 
