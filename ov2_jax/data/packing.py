@@ -76,6 +76,7 @@ class Pack:
         self.samples = [config.max_samples_per_row or config.seq_len] * config.rows
         self.widths = [w for _, w in config.vision_rows]
         self.rows = [[(w << _ROW) + row for row in range(r)] for r, w in config.vision_rows]
+        self.free_tokens = config.token_slots
         self.most_tokens = config.seq_len  # room in the emptiest text row
         self.patches = config.patch_slots  # room for patches in all
         self.largest = max(self.widths, default=0)  # room in the emptiest vision row
@@ -148,6 +149,7 @@ class Pack:
             self.patches -= patches
         code = self.tokens.pop(i)
         row = code & _ROW_MASK
+        self.free_tokens -= tokens
         self.samples[row] -= 1
         if self.samples[row]:
             insort(self.tokens, code - (tokens << _ROW))
@@ -155,16 +157,31 @@ class Pack:
         return name, row, self.seq_len - (code >> _ROW), chunks
 
 
+# Samples by what they want for a token, in patches, against what a pack has: up to so much, and
+# (tokens, patches) in which direction they so take room.
+_KINDS = (
+    (0.0, (1.0, 0.0)),
+    (0.5, (1.0, 0.25)),
+    (0.8, (1.0, 0.65)),
+    (1.0, (1.0, 0.9)),
+    (float("inf"), (0.9, 1.0)),
+)
+_MOST = tuple(most for most, _ in _KINDS)
+_LIST = 8  # a list's number is (kind << _LIST) + bucket
+
+
 class Waiting:
     """Samples that wait, and how a pack is filled from them.
 
-    The oldest sample always goes in, so none waits forever; then the others, from the one that
-    takes the largest share of either budget to the smallest, each into the fullest text row and
-    vision rows with room. What does not fit goes on waiting.
+    The oldest sample always goes in, so none waits forever; then the others, large before small,
+    each into the fullest text row and vision rows with room. What does not fit goes on waiting. A
+    sample's size is the larger of its shares of the two budgets. It counts less the less its kind
+    suits the room that is left (the fourth power of the product of both directions): where patches
+    run out before tokens text is preferred, so both budgets are used up together.
 
     So that a pack costs the samples that it takes and not those that wait, samples lie in lists by
-    their largest window, each sorted by share; a pack walks all lists at once in order of share
-    (a heap of their next samples) and skips what cannot fit, by bisection.
+    kind and largest window, each sorted by size. A pack walks all lists at once (a heap a kind of
+    their next samples) and skips what cannot fit, by bisection.
     """
 
     def __init__(self, config: PackConfig) -> None:
@@ -172,7 +189,7 @@ class Waiting:
         self._token_slots, self._patch_slots = config.token_slots, max(config.patch_slots, 1)
         # By age: name, tokens, patches, largest window, runs.
         self._samples: dict[int, tuple[int, int, int, int, Runs]] = {}
-        self._lists: dict[int, list[int]] = {}  # by _bucket: (-share << _AGE) + age, sorted
+        self._lists: dict[int, list[int]] = {}  # (-size << _AGE) + age, sorted
         self._smallest: dict[int, int] = {}  # a lower bound of a list's windows
         self._density = 0.0  # most patches a token of any sample so far
         self._next = self._oldest = 0
@@ -180,34 +197,35 @@ class Waiting:
     def __len__(self) -> int:
         return len(self._samples)
 
-    def share(self, tokens: int, patches: int) -> int:
-        """The larger of the shares of a pack's tokens and patches, in tokens."""
-        return max(tokens, -(-patches * self._token_slots // self._patch_slots))
-
-    @staticmethod
-    def _bucket(largest: int) -> int:
-        """Windows of a list differ by at most an eighth; text has a list of its own."""
-        bits = largest.bit_length()
-        return 4 * (bits - 2) + (largest >> bits - 3 & 3) if bits > 2 else largest
+    def _where(self, tokens: int, patches: int, largest: int) -> tuple[int, int]:
+        """A sample's list, and its size there, in tokens."""
+        if not patches:
+            return 0, tokens
+        wants = -(-patches * self._token_slots // self._patch_slots)
+        bits = largest.bit_length()  # windows of a list differ by at most a quarter
+        bucket = 4 * (bits - 2) + (largest >> bits - 3 & 3) if bits > 2 else largest
+        return (bisect_left(_MOST, wants / tokens) << _LIST) + bucket, max(tokens, wants)
 
     def add(self, name: int, tokens: int, patches: int, runs: Runs) -> None:
         """A new sample of so many patches in all. `name` is given back when it is packed."""
         age, self._next = self._next, self._next + 1
         largest = runs[0][0] if runs else 0
         self._samples[age] = (name, tokens, patches, largest, runs)
-        bucket = self._bucket(largest)
-        if bucket not in self._lists:
-            self._lists[bucket] = []
-            self._smallest[bucket] = (4 | bucket & 3) << bucket // 4 - 1 if bucket > 3 else bucket
-        insort(self._lists[bucket], (-self.share(tokens, patches) << _AGE) + age)
+        where, size = self._where(tokens, patches, largest)
+        if where not in self._lists:
+            self._lists[where] = []
+            bucket = where & (1 << _LIST) - 1
+            self._smallest[where] = (4 | bucket & 3) << bucket // 4 - 1 if bucket > 3 else bucket
+        insort(self._lists[where], (-size << _AGE) + age)
         if patches > self._density * tokens:
-            self._density = patches / max(tokens, 1)
+            self._density = patches / tokens
 
     def fill(self) -> list[Placed]:
         """Takes a pack's samples out, in the order in which they were placed.
 
-        The same samples added in that order, and nothing else, make the same pack. Raises DataError
-        if the oldest sample does not fit into an empty pack; encoding must have rejected it.
+        The same samples added in that order, and nothing else, make the same pack: which one is
+        next depends on the room that is left and on the sample alone. Raises DataError if the
+        oldest sample does not fit into an empty pack; encoding must have rejected it.
         """
         if not self._samples:
             return []
@@ -215,40 +233,57 @@ class Waiting:
         placed = [self._first(pack)]
         samples, lists = self._samples, self._lists
         at = dict.fromkeys(lists, 0)
-        heap = [(waiting[0], bucket) for bucket, waiting in lists.items() if waiting]
-        heapify(heap)
-        while heap:
-            code, bucket = heap[0]
-            if self._smallest[bucket] > pack.largest:
-                heappop(heap)
-                continue
-            waiting, i = lists[bucket], at[bucket]
+        heaps: list[list[tuple[int, int]]] = [[] for _ in _KINDS]
+        for where, waiting in lists.items():
+            if waiting and self._smallest[where] <= pack.largest:
+                heaps[where >> _LIST].append((waiting[0], where))
+        kinds = [(*direction, heap) for (_, direction), heap in zip(_KINDS, heaps, strict=True)]
+        kinds = [kind for kind in kinds if kind[-1]]
+        for _, _, heap in kinds:
+            heapify(heap)
+        while kinds:
+            most, heap = pack.most_tokens, kinds[0][-1]
+            if len(kinds) > 1:
+                tokens_left = pack.free_tokens / self._token_slots
+                patches_left = pack.patches / self._patch_slots
+                best = -1.0
+                for along_tokens, along_patches, other in kinds:
+                    suits = along_tokens * tokens_left + along_patches * patches_left
+                    suits *= suits
+                    score = suits * suits * -(other[0][0] >> _AGE)
+                    if score > best:
+                        best, heap = score, other
+            code, where = heap[0]
+            waiting, i = lists[where], at[where]
             name, tokens, patches, largest, runs = samples[code & _AGE_MASK]
             done = None
-            if tokens <= pack.most_tokens and largest <= pack.largest:
+            if tokens <= most and largest <= pack.largest:
                 done = pack.place(name, tokens, patches, runs)
             if done is None:
                 i += 1
             else:
                 placed.append(done)
                 del waiting[i], samples[code & _AGE_MASK]
-            # On to the next of this list that may fit: first by its share, then by its numbers.
-            most = pack.most_tokens
-            if i < len(waiting) and waiting[i] >> _AGE < -most:
+                most = pack.most_tokens
+            # On to the next of this list that may fit: first by its size, then by its numbers.
+            end = len(waiting) if self._smallest[where] <= pack.largest else 0
+            if i < end and waiting[i] >> _AGE < -most:
                 room = most
-                if bucket:
+                if where:
                     free = int(min(pack.patches, self._density * most + 1))
                     room = max(most, -(-free * self._token_slots // self._patch_slots))
                 i = bisect_left(waiting, -room << _AGE, i)
-            for k in range(i, len(waiting)):
+            for k in range(i, end):
                 code = waiting[k]
                 _, tokens, patches, largest, _ = samples[code & _AGE_MASK]
                 if tokens <= most and largest <= pack.largest and patches <= pack.patches:
-                    at[bucket] = k
-                    heapreplace(heap, (code, bucket))
+                    at[where] = k
+                    heapreplace(heap, (code, where))
                     break
             else:
                 heappop(heap)
+                if not heap:
+                    kinds = [kind for kind in kinds if kind[-1]]
         return placed
 
     def _first(self, pack: Pack) -> Placed:
@@ -261,9 +296,9 @@ class Waiting:
                 f"A sample of {tokens} tokens and {patches} patches "
                 "does not fit into an empty pack."
             )
-        waiting = self._lists[self._bucket(largest)]
-        code = (-self.share(tokens, patches) << _AGE) + self._oldest
-        del waiting[bisect_left(waiting, code)]
+        where, size = self._where(tokens, patches, largest)
+        waiting = self._lists[where]
+        del waiting[bisect_left(waiting, (-size << _AGE) + self._oldest)]
         return done
 
 
