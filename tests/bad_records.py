@@ -93,7 +93,22 @@ def _turns() -> list[tuple[str, Any, tuple[str, ...]]]:
         ("not a character", sample("Q\uffff\ufdd0"), (OK,)),
         ("long fps", sample("<video>?", video="clips/whole.mp4", fps=10**30), ("bad_record", OK)),
         ("big decimals in text", sample("Q", str(10**4000)), ("too_long",)),
-        ("section", {"conversations": [], "video": "a", "start": 1}, ("unsupported_field",)),
+        *(
+            (f"section {i}", sample("<video>?", video="clips/whole.mp4", **section), allowed)
+            for i, (section, allowed) in enumerate(
+                [
+                    ({"start": "1"}, ("bad_record",)),
+                    ({"start": -1}, ("bad_record",)),
+                    ({"start": 2, "end": 1}, ("bad_record",)),
+                    ({"end": 0}, ("bad_record",)),
+                    ({"start": float("nan")}, ("bad_record",)),
+                    ({"start": 10**400}, ("bad_record",)),
+                    ({"start": 1e8}, ("bad_video",)),
+                    ({"start": 0, "end": 1e8}, (OK,)),
+                    ({"videos": ["clips/whole.mp4"] * 2, "start": 0}, ("bad_record",)),
+                ]
+            )
+        ),
     ]
 
 

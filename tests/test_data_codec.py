@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ov2_jax.data.codec import CodecConfig, read_codec_clip, time_runs
+from ov2_jax.data.codec import (
+    CodecConfig,
+    FileScores,
+    read_codec_clip,
+    select_patches,
+    time_runs,
+)
 from ov2_jax.data.config import PackConfig, SourceConfig
 from ov2_jax.data.encode import SampleEncoder
 from ov2_jax.data.errors import Rejected
@@ -14,6 +20,7 @@ from ov2_jax.data.loader import make_loader
 from ov2_jax.data.packing import SampleSize, build_pack, place_pack
 from ov2_jax.data.records import RecordSource, parse_record
 from ov2_jax.data.sample import EncodedSample
+from ov2_jax.data.video import Section
 from ov2_jax.model.config import ConfigError
 from tests.data_cases import (
     PAD,
@@ -142,6 +149,53 @@ def test_canvases_stand_for_their_marks(root):
     first = np.asarray(Image.open(root / "canvas_0.png"))
     block = got.patches[:4].reshape(2, 2, 3, 14, 14).transpose(0, 3, 1, 4, 2).reshape(28, 28, 3)
     np.testing.assert_array_equal(block, first[:28, :28])
+
+
+def brightness(got):
+    """Of the frames of clip(): frame i is a grey of 4i + 20."""
+    t = got.patch_positions[:, 0]
+    return {int(n): round((got.patches[t == n].mean() - 20) / 4) for n in np.unique(t)}
+
+
+def test_a_section_is_read_as_a_clip_of_its_own(root, tmp_path):
+    sample = {"messages": chat("<video>?", "A"), "video": "even.mp4", "start": 0.95, "end": 2.0}
+    path = write_jsonl(tmp_path / "a.jsonl", [sample, sample | {"end": None}])
+    sources = (SourceConfig(str(path), str(root)),)
+    data = data_config(sources=sources, num_frames=4)
+    encoder = SampleEncoder(data, tiny_model(), tokenizer())
+    got, rest = (encoder(RecordSource(sources)[i]) for i in range(2))
+    # Frames 10 to 20 of 30 at 10 a second; t and seconds count from the section's start.
+    assert brightness(got) == {0: 10, 3: 13, 7: 17, 10: 20}
+    assert "<0.0 seconds>V\n<0.3 seconds>V\n<0.7 seconds>V\n<1.0 seconds>V\n?" in text_of(got)
+    assert brightness(rest) == {0: 10, 6: 16, 13: 23, 19: 29}
+    for i, sample in enumerate((got, rest)):
+        assert encoder.measure(RecordSource(sources)[i]).tokens == len(sample.tokens)
+
+
+def test_a_section_is_read_codec_style(root, tmp_path):
+    bits = np.random.default_rng(0).integers(0, 300, (60, 9, 13))
+    np.savez(tmp_path / "bits.npz", bit_cost=bits)
+    whole = read_codec_clip(
+        str(root / "long.mp4"),
+        CODEC,
+        timeout_s=60,
+        scores=FileScores(str(tmp_path / "bits.npz")),
+        section=Section(0.8, 2.0),
+    )
+    want = select_patches(
+        bits[20:51],
+        [10],  # frame 30 of the file
+        num_frames=31,
+        fps=25,
+        orig_hw=(144, 192),
+        config=CODEC,
+    )
+    assert whole.selection.frame_ids.tolist() == want.frame_ids.tolist()
+    np.testing.assert_array_equal(whole.selection.positions, want.positions)
+    own = read_codec_clip(
+        str(root / "long.mp4"), CODEC, timeout_s=60, section=Section(0.8, 2.0)
+    ).positions[:, 0]
+    assert own.min() == 0 and 20 < own.max() <= 30
 
 
 @pytest.mark.parametrize(

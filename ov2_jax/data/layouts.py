@@ -15,10 +15,11 @@ Row = Mapping[str, Any]
 
 # Fields of the record form, which every layout passes on.
 _MEDIA = ("image", "images", "video", "videos")
-_SECTION = ("start", "end")
 _FIELDS = (
     "id",
     *_MEDIA,
+    "start",
+    "end",
     "fps",
     "timestamp_decimal",
     "task",
@@ -54,12 +55,6 @@ def _conversations(row: Row) -> dict[str, Any]:
     """LLaVA's form. Its video sets (LLaVA-Video-178K) mark the clip `<image>`, which is reread as
     `<video>` where the sample has clips, no pictures and no `<video>`."""
     has = {name for name in _MEDIA if row.get(name)}
-    if has & {"video", "videos"} and any(row.get(name) is not None for name in _SECTION):
-        raise SampleError(
-            "unsupported_field",
-            "start and end (a section of the clip, as in VideoChat-Flash) are not read; cut the "
-            "clip out and drop them",
-        )
     turns = row["conversations"]
     if not has or not has <= {"video", "videos"} or not isinstance(turns, list):
         return dict(row)
@@ -96,7 +91,7 @@ def _caption(row: Row) -> dict[str, Any]:
 _TURNS = "a list `messages` or `conversations`"
 LAYOUTS = (
     Layout("messages", ("messages",), _FIELDS, _record_form),
-    Layout("conversations", ("conversations",), (*_FIELDS, *_SECTION), _conversations),
+    Layout("conversations", ("conversations",), _FIELDS, _conversations),
     Layout("FineVision", ("images", "texts"), _FIELDS, _finevision),
     Layout(
         "Molmo2-VideoPoint",

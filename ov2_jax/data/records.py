@@ -25,6 +25,7 @@ from ov2_jax.data.errors import DataError, SampleError, describe
 from ov2_jax.data.layouts import to_sample
 from ov2_jax.data.media import Embedded, Media, expand, is_file
 from ov2_jax.data.readers import Reader, open_reader
+from ov2_jax.data.video import Section
 
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
@@ -47,13 +48,20 @@ class Canvases(NamedTuple):
     positions: tuple[Media, ...]  # one for all pictures, or one a picture
 
 
+class ClipPart(NamedTuple):
+    """A clip of which only a section counts."""
+
+    clip: Media
+    section: Section
+
+
 class Record(NamedTuple):
     """A parsed sample. Media are paths inside the root, or bytes; nothing is decoded yet."""
 
     id: str
     messages: tuple[Mapping[str, str], ...]  # {"role": user|assistant|system, "content": text}
     images: tuple[Media | np.ndarray, ...]  # arrays: decoded by TFDS, uint8 [H W 3]
-    videos: tuple[Media | Canvases, ...]
+    videos: tuple[Media | Canvases | ClipPart, ...]
     source: str
     file: str
     line: int
@@ -216,6 +224,20 @@ def _number(value: object) -> bool:
 _FPS_RANGE = 1e-6, 1e6
 
 
+def _section(raw: Mapping[str, Any]) -> Section | None:
+    """`start` and `end`, in seconds."""
+    start, end = raw.get("start"), raw.get("end")
+    if start is None and end is None:
+        return None
+    start = 0 if start is None else start
+    for name, value in (("start", start), ("end", end)):
+        if value is not None and not (_number(value) and 0 <= value < 1e9):
+            raise _bad(f"{name} is {value!r}; it must be a time in seconds")
+    if end is not None and end <= start:
+        raise _bad(f"end is {end}; it must be later than start, {start}")
+    return Section(float(start), None if end is None else float(end))
+
+
 def _fps(raw: Mapping[str, Any], clips: int) -> tuple[float, ...]:
     value = raw.get("fps")
     if value is None:
@@ -290,6 +312,11 @@ def parse_record(raw: RawRecord) -> Record:
     messages = _messages(data)
     images = _media(data, "images", "image", raw.root)
     videos: tuple[Any, ...] = _media(data, "videos", "video", raw.root)
+    section = _section(data) if videos else None
+    if section is not None:
+        if len(videos) > 1:
+            raise _bad("start and end are those of one clip, and the sample has several")
+        videos = (ClipPart(videos[0], section),)
     decimals = data.get("timestamp_decimal")
     if decimals is not None and (type(decimals) is not int or decimals not in range(7)):
         raise _bad(f"timestamp_decimal is {decimals!r}; it must be 0 to 6")

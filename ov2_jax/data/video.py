@@ -5,6 +5,7 @@ variable-frame-rate and badly cut files. A frame's time is its number / the aver
 for pictures, a rotation in the metadata is not applied.
 """
 
+import math
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,29 @@ class Clip(NamedTuple):
     frames: tuple[Image.Image | np.ndarray, ...]  # arrays are uint8 [H W 3]
     frame_numbers: tuple[int, ...]
     seconds: tuple[float, ...]
+
+
+class Section(NamedTuple):
+    """The part of a clip that a sample is about, in seconds; it is read as a clip of its own, whose
+    frames and times count from its start."""
+
+    start: float = 0.0
+    end: float | None = None
+
+    def span(self, path: Media, frames: int, fps: float) -> range:
+        """The numbers of its frames, those at its borders included. Raises SampleError."""
+        first = math.ceil(self.start * fps - 1e-6)
+        stop = frames if self.end is None else min(frames, math.floor(self.end * fps + 1e-6) + 1)
+        if first >= stop:
+            raise SampleError(
+                "bad_video",
+                f"{path} has {frames} frames at {fps:g} a second and none of them from "
+                f"{self.start:g} to {self.end} seconds",
+            )
+        return range(first, stop)
+
+
+WHOLE = Section()
 
 
 class Sampling(NamedTuple):
@@ -169,7 +193,7 @@ class Clock:
 def _decode(
     clock: Clock, numbers: Sequence[int], size: tuple[int, int]
 ) -> tuple[list[np.ndarray], int]:
-    """The frames of the given ascending numbers that exist, and how many frames were seen.
+    """The frames of the given ascending numbers in the file that exist, and how many were seen.
 
     Frames are resized as they come: 384 of them at 1080p would take 2.4 GB.
     """
@@ -193,25 +217,40 @@ def read_clip(
     timeout_s: float,
     target_size: Callable[[int, int, int], tuple[int, int]],
     fps: float | None = None,
+    section: Section = WHOLE,
 ) -> Clip:
-    """Reads a clip's uniform frames as RGB.
+    """Reads a clip's uniform frames as RGB, or those of a section.
 
     `target_size` gets the number of frames and their height and width, and returns the height and
     width that they are resized to. It may raise SampleError: refusing a clip that cannot fit is
     much cheaper than decoding it. `fps` stands in for the container's average frame rate. Raises
     SampleError missing_file, bad_video or video_timeout.
     """
-    return _guarded(path, timeout_s, lambda clock: _read(path, sampling, clock, fps, target_size))
+    return _guarded(
+        path,
+        timeout_s,
+        lambda clock: _read(path, _Wanted(sampling, fps, section), clock, target_size),
+    )
+
+
+class _Wanted(NamedTuple):
+    sampling: Sampling
+    fps: float | None
+    section: Section
+
+    def numbers(self, frames: int, fps: float) -> tuple[int, ...]:
+        """Of that many frames of a clip or section, those to take."""
+        return tuple(select_frames(frames, self.sampling.count(frames / fps)))
 
 
 class ClipHeader(NamedTuple):
     """What a container says of a clip; nothing was decoded for it."""
 
-    available: int  # frames
+    span: range  # numbers in the file of the frames that there are to choose from
     height: int
     width: int
     fps: float
-    numbers: tuple[int, ...]  # the frames to take
+    numbers: tuple[int, ...]  # the frames to take, counted from the first of `span`
 
     @property
     def seconds(self) -> tuple[float, ...]:
@@ -219,10 +258,16 @@ class ClipHeader(NamedTuple):
 
 
 def read_header(
-    path: Media, sampling: Sampling, *, timeout_s: float, fps: float | None = None
+    path: Media,
+    sampling: Sampling,
+    *,
+    timeout_s: float,
+    fps: float | None = None,
+    section: Section = WHOLE,
 ) -> ClipHeader:
     """Which uniform frames `read_clip` takes, if all frames decode. Raises what it raises."""
-    return _guarded(path, timeout_s, lambda clock: _header(path, sampling, clock, fps))
+    wanted = _Wanted(sampling, fps, section)
+    return _guarded(path, timeout_s, lambda clock: _header(path, wanted, clock))
 
 
 def _guarded(path: Media, timeout_s: float, read: Callable[[Clock], T]) -> T:
@@ -237,10 +282,10 @@ def _guarded(path: Media, timeout_s: float, read: Callable[[Clock], T]) -> T:
         raise SampleError("bad_video", f"{path}: {describe(error)}") from error
 
 
-def _header(path: Media, sampling: Sampling, clock: Clock, fps: float | None) -> ClipHeader:
+def _header(path: Media, wanted: _Wanted, clock: Clock) -> ClipHeader:
     with clock.stream() as stream:
         height, width = stream.height, stream.width
-        rate: float | Fraction | None = fps or stream.average_rate or stream.guessed_rate
+        rate: float | Fraction | None = wanted.fps or stream.average_rate or stream.guessed_rate
         if not rate or not height or not width:
             raise SampleError(
                 "bad_video",
@@ -250,32 +295,30 @@ def _header(path: Media, sampling: Sampling, clock: Clock, fps: float | None) ->
         available = clock.count_frames(stream)
     if not available:
         raise SampleError("bad_video", f"{path} has no frames")
-
-    numbers = _choose(sampling, available, float(rate))
-    return ClipHeader(available, height, width, float(rate), numbers)
-
-
-def _choose(sampling: Sampling, available: int, fps: float) -> tuple[int, ...]:
-    return tuple(select_frames(available, sampling.count(available / fps)))
+    span = wanted.section.span(path, available, float(rate))
+    numbers = wanted.numbers(len(span), float(rate))
+    return ClipHeader(span, height, width, float(rate), numbers)
 
 
 def _read(
     path: Media,
-    sampling: Sampling,
+    wanted: _Wanted,
     clock: Clock,
-    fps: float | None,
     target_size: Callable[[int, int, int], tuple[int, int]],
 ) -> Clip:
-    header = _header(path, sampling, clock, fps)
+    header = _header(path, wanted, clock)
     size = target_size(len(header.numbers), header.height, header.width)
-    frames, seen = _decode(clock, header.numbers, size)
+    first = header.span.start
+    frames, seen = _decode(clock, [first + n for n in header.numbers], size)
     if len(frames) < len(header.numbers):
-        if not seen or seen < (1 - MAX_MISSING_SHARE) * header.available:
+        found = max(0, seen - first)
+        if not found or found < (1 - MAX_MISSING_SHARE) * len(header.span):
             raise SampleError(
-                "bad_video", f"only {seen} of {header.available} frames of {path} could be decoded"
+                "bad_video",
+                f"only {seen} of {header.span.stop} frames of {path} could be decoded",
             )
-        header = header._replace(numbers=_choose(sampling, seen, header.fps))
-        frames, _ = _decode(clock, header.numbers, size)
+        header = header._replace(numbers=wanted.numbers(found, header.fps))
+        frames, _ = _decode(clock, [first + n for n in header.numbers], size)
         if len(frames) < len(header.numbers):
             raise SampleError("bad_video", f"{path} decodes differently every time")
     return Clip(tuple(frames), header.numbers, header.seconds)

@@ -27,12 +27,12 @@ from ov2_jax.data.config import DataConfig, PackConfig, leaves
 from ov2_jax.data.errors import SampleError, describe
 from ov2_jax.data.media import Media, check_exists
 from ov2_jax.data.packing import SampleSize, fits_alone
-from ov2_jax.data.records import Canvases
-from ov2_jax.data.video import Clip, Sampling, read_clip, read_header
+from ov2_jax.data.records import Canvases, ClipPart
+from ov2_jax.data.video import WHOLE, Clip, Sampling, Section, read_clip, read_header
 from ov2_jax.model.config import ConfigError, ModelConfig
 
 Picture = Media | Image.Image | np.ndarray  # a path or bytes, a picture, or uint8 [H W 3]
-Video = Media | Clip | Canvases
+Video = Media | Clip | Canvases | ClipPart
 
 SIZE_REASONS = ("too_long", "window_too_large", "too_many_patches")
 
@@ -157,15 +157,23 @@ class VisionReader:
     ) -> Medium:
         if isinstance(video, Canvases):
             return self._canvases(video, fps, media, size)
+        section = WHOLE
+        if isinstance(video, ClipPart):
+            video, section = video
         if isinstance(video, Clip) or media.request.video_input == "uniform":
-            return self._uniform(video, fps, media, size)
+            return self._uniform(video, section, fps, media, size)
         try:
-            return self._codec_clip(video, fps, bit_cost, media, size)
+            return self._codec_clip(video, section, fps, bit_cost, media, size)
         except TooFewFrames:
-            return self._uniform(video, fps, media, size)._replace(fallback=True)
+            return self._uniform(video, section, fps, media, size)._replace(fallback=True)
 
     def _uniform(
-        self, video: Media | Clip, fps: float | None, media: MediaQueue, size: SampleBudget
+        self,
+        video: Media | Clip,
+        section: Section,
+        fps: float | None,
+        media: MediaQueue,
+        size: SampleBudget,
     ) -> Medium:
         """Uniform frames, each whole."""
         vision = self._model.vision
@@ -194,7 +202,11 @@ class VisionReader:
             numbers, seconds = clip.frame_numbers, clip.seconds
         elif media.request.headers_only:
             header = read_header(
-                video, self._sampling, timeout_s=self._data.decode_timeout_s, fps=fps
+                video,
+                self._sampling,
+                timeout_s=self._data.decode_timeout_s,
+                fps=fps,
+                section=section,
             )
             numbers, seconds = header.numbers, header.seconds
             height, width = target_size(len(numbers), header.height, header.width)
@@ -205,6 +217,7 @@ class VisionReader:
                 timeout_s=self._data.decode_timeout_s,
                 target_size=target_size,
                 fps=fps,
+                section=section,
             )
             frames, numbers, seconds = list(clip.frames), clip.frame_numbers, clip.seconds
             height, width = frames[0].shape[:2]
@@ -226,6 +239,7 @@ class VisionReader:
     def _codec_clip(
         self,
         video: Media,
+        section: Section,
         fps: float | None,
         bit_cost: Media | None,
         media: MediaQueue,
@@ -252,6 +266,7 @@ class VisionReader:
             timeout_s=self._data.decode_timeout_s,
             scores=scores,
             fps=fps,
+            section=section,
             check=check,
         )
         numbers, counts = time_runs(clip.positions, self._model.vision.spatial_merge_size)

@@ -26,7 +26,14 @@ from ov2_jax.data.codec.select import (
 )
 from ov2_jax.data.errors import SampleError, describe
 from ov2_jax.data.media import Media, check_exists
-from ov2_jax.data.video import DECODER_THREADS, MAX_FRAME_PIXELS, MAX_MISSING_SHARE, Clock
+from ov2_jax.data.video import (
+    DECODER_THREADS,
+    MAX_FRAME_PIXELS,
+    MAX_MISSING_SHARE,
+    WHOLE,
+    Clock,
+    Section,
+)
 
 # Only frames that look flat or green at a glance are converted to be judged: brightness that hardly
 # varies (limits of bad.py: 6), or both colour differences well below their middle, 128.
@@ -62,20 +69,22 @@ def read_codec_clip(
     timeout_s: float,
     scores: ScoreSource | None = None,
     fps: float | None = None,
+    section: Section = WHOLE,
     check: Callable[[int, int], None] | None = None,
 ) -> CodecClip:
     """Reads a clip and keeps what its scores say.
 
     `scores`: where bit costs come from, by default the clip's own stream. `fps` stands in for the
-    container's frame rate. `check` is told the fewest groups that the clip can have and a group's
-    patches, before anything is decoded; it may raise SampleError. Raises TooFewFrames where uniform
-    frames are the way, and SampleError missing_file, bad_video or video_timeout.
+    container's frame rate. Frames count from the start of `section`. `check` is told the fewest
+    groups that the clip can have and a group's patches, before anything is decoded; it may raise
+    SampleError. Raises TooFewFrames where uniform frames are the way, and SampleError missing_file,
+    bad_video or video_timeout.
     """
     config.check_even_blocks()
     check_exists(path, "clip")
     clock = Clock(path, timeout_s)
     try:
-        return _read(path, config, clock, scores or StreamScores(), fps, check)
+        return _read(path, config, clock, scores or StreamScores(), fps, section, check)
     except (SampleError, TooFewFrames):
         raise
     except Exception as error:  # PyAV maps FFmpeg's errors onto many classes
@@ -89,23 +98,26 @@ def _read(
     clock: Clock,
     scores: ScoreSource,
     fps: float | None,
+    section: Section,
     check: Callable[[int, int], None] | None,
 ) -> CodecClip:
     packets = _scan(path, clock, fps)
     hw = canvas_size((packets.height, packets.width), config)
-    numbers = sample_frames(packets.count, packets.keyframes, config)
+    span = section.span(path, packets.count, packets.fps)
+    keyframes = [n - span.start for n in packets.keyframes if n in span]
+    numbers = sample_frames(len(span), keyframes, config)
     if len(numbers) < config.min_group_frames:
         raise TooFewFrames(f"{path} has {len(numbers)} frames, fewer than a group's.")
     if check is not None:
         patches = config.images_per_group * hw[0] * hw[1] // config.patch**2
         check(fewest_groups(len(numbers), config), patches)
-    pictures, seen = _decode(clock, packets, numbers, hw, scores)
-    if seen < (1 - MAX_MISSING_SHARE) * packets.count:
+    pictures, seen = _decode(clock, packets, span.start + numbers, span.stop, hw, scores)
+    if seen - span.start < (1 - MAX_MISSING_SHARE) * len(span):
         raise SampleError(
-            "bad_video", f"only {seen} of {packets.count} frames of {path} could be decoded"
+            "bad_video", f"only {seen} of {span.stop} frames of {path} could be decoded"
         )
     numbers = numbers[: len(pictures)]  # a few announced frames at the end may be missing
-    costs = scores.maps(numbers.tolist())
+    costs = scores.maps((span.start + numbers).tolist())
     selection = select_blocks(
         block_scores(costs, len(numbers), hw, config), numbers, pictures.bad, hw, config
     )
@@ -193,10 +205,12 @@ def _decode(
     clock: Clock,
     packets: _Packets,
     numbers: np.ndarray,
+    stop: int,
     hw: tuple[int, int],
     scores: ScoreSource,
 ) -> tuple[_Pictures, int]:
-    """The sampled frames that exist, and how many frames were seen."""
+    """The sampled frames that exist, and how many frames were seen; `numbers` and `stop` are those
+    of the file, so that bit costs and vectors find their frames."""
     wanted = set(numbers.tolist())
     pictures, seen = _Pictures(len(numbers), hw), 0
     with clock.stream() as stream:
@@ -211,6 +225,8 @@ def _decode(
             if take:
                 pictures.add(frame)
             seen += 1
+            if seen == stop:
+                break
     return pictures, seen
 
 
