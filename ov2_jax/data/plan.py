@@ -106,11 +106,14 @@ def _misfit(table: _Table, records: np.ndarray, config: PackConfig) -> int | Non
     return None
 
 
-def _arrival(size: np.ndarray, vision: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _arrival(
+    size: np.ndarray, vision: np.ndarray, eager: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The order in which samples come, and when, as a share [0, 1] of what is packed by then.
 
     Samples are cut into strata of like size, and those of each stratum come, in the given order, at
-    an even pace. The smaller a sample, the earlier it comes, so that about _WAITING wait.
+    an even pace. The less `eager` packs are for a sample, the earlier it comes: some hundreds
+    wait, and from the start on they are those that will wait later too.
     """
     n = len(size)
     rank = np.lexsort((size, vision))
@@ -124,9 +127,10 @@ def _arrival(size: np.ndarray, vision: np.ndarray) -> tuple[np.ndarray, np.ndarr
     offset = np.arange(_STRATA) * 0.6180339887 % 1
     when = np.empty(n)
     when[by_stratum] = (number + np.repeat(offset, counts)) / np.repeat(counts, counts)
-    by_size = np.empty(n)
-    by_size[np.argsort(size, kind="stable")] = np.arange(n) / n
-    when = np.maximum(when - 2 * _WAITING / n * (1 - by_size), 0)
+    late = np.empty(n)
+    late[np.argsort(eager, kind="stable")] = np.arange(n) / n
+    waiting = min(_WAITING, n / 32)  # in a small corpus few, or many packs begin and end with them
+    when = np.maximum(when - 2 * waiting / n * (1 - late), 0)
     order = np.argsort(when, kind="stable")
     return order, when[order]
 
@@ -158,7 +162,11 @@ def plan_packs(lengths: Lengths, order: np.ndarray, config: PackConfig) -> Packs
 def _plan(table: _Table, order: np.ndarray, config: PackConfig) -> Packs:
     per_patch = config.token_slots / max(config.patch_slots, 1)
     size = np.maximum(table.tokens, np.ceil(table.patches * per_patch).astype(np.int64))
-    arrival, when = _arrival(size[order], table.patches[order] > 0)
+    # Packs prefer large samples; and where tokens bind, patches to text (see Waiting).
+    dense = np.minimum(table.patches * per_patch / table.tokens, 1)
+    tokens_bind = table.patches[order].sum() * per_patch < table.tokens[order].sum()
+    eager = size * (1 + dense) ** 4 if tokens_bind else size
+    arrival, when = _arrival(size[order], table.patches[order] > 0, eager[order])
     when = when.tolist()
     # How much has been packed, as a share, rules what comes; a pack wants some choice besides.
     total = int(size[order].sum())
