@@ -21,6 +21,7 @@ from tests.conversion_cases import (
     GOLDEN,
     QWEN_SPECIAL,
     SMALL,
+    SMALL_MOE,
     random_bits,
     tokenizer_files,
     write_weights,
@@ -42,10 +43,10 @@ def arrays(folder):
     return {name: np.array(weights.array(name)) for name in weights.tensors}
 
 
-def qwen(folder, *, tied=False, dtype=BFLOAT16, special=QWEN_SPECIAL, **config):
+def qwen(folder, *, of=SMALL, tied=False, dtype=BFLOAT16, special=QWEN_SPECIAL, **config):
     """A random Qwen3 folder in the transformers 4 form."""
     folder.mkdir()
-    text = dataclasses.asdict(SMALL.text)
+    text = dataclasses.asdict(of.text)
     raw = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -60,7 +61,7 @@ def qwen(folder, *, tied=False, dtype=BFLOAT16, special=QWEN_SPECIAL, **config):
     (folder / "LICENSE").write_text("Apache")
     tokenizer_files(folder, special)
     tensors = {}
-    for seed, entry in enumerate(key_table(SMALL)):
+    for seed, entry in enumerate(key_table(of)):
         if entry.path[0] == "decoder" and not (tied and entry.key == "lm_head.weight"):
             name = entry.key.replace("model.language_model.", "model.")
             tensors[name] = random_bits(entry.hf_shape, dtype, seed)
@@ -224,6 +225,31 @@ def test_every_bad_key_of_every_part_is_named(tmp_path):
         "merger: keys that are missing (6)",
     ):
         assert part in str(error.value)
+
+
+def test_a_mixture_of_experts_is_merged_in_either_form(tmp_path):
+    older = qwen(tmp_path / "older", of=SMALL_MOE, model_type="qwen3_moe")
+    newer = qwen(tmp_path / "newer", of=SMALL_MOE, model_type="qwen3_moe")
+    raw = json.loads((newer / "config.json").read_text())
+    raw["num_local_experts"] = raw.pop("num_experts")
+    (newer / "config.json").write_text(json.dumps(raw))
+    for llm in (older, newer):
+        out = tmp_path / f"{llm.name}_merged"
+        write(make_plan(ENCODER, llm), llm, out)
+        assert load_config(out).text == SMALL_MOE.text
+        raw = json.loads((out / "config.json").read_text())
+        assert raw["model_type"] == "llava_onevision2_moe"
+        assert raw["auto_map"]["AutoConfig"].endswith("_moe.LlavaOnevision2MoeConfig")
+        merged, text = arrays(out), arrays(llm)
+        for name, value in text.items():
+            renamed = name.replace("model.", "model.language_model.", 1)
+            assert merged[renamed].tobytes() == value.tobytes(), name
+        assert sum(".experts." in name for name in merged) == 2 * 6 * 3
+    tensors = {k: v for k, v in text.items() if "experts.4.down" not in k}
+    (newer / "model.safetensors").unlink()
+    write_weights(newer, tensors)
+    with pytest.raises(ConversionError, match=r"keys that are missing \(2\).*\n.*experts.4.down"):
+        make_plan(ENCODER, newer)
 
 
 def test_wrong_folders_are_refused(tmp_path):

@@ -31,6 +31,7 @@ PARAMETERS = {
     "8b": 8_527_213_568,
     "14b": 15_108_980_736,
     "32b": 33_102_796_800,
+    "30b-a3b": 30_860_210_176,
 }
 
 
@@ -44,7 +45,10 @@ def key_table_count(config: ModelConfig) -> int:
     merger = 2 * d + block * block + block + block * t.hidden_size + t.hidden_size
     q, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
     layer = 2 * t.hidden_size + 2 * t.hidden_size * (q + kv) + 2 * t.head_dim
-    layer += 3 * t.hidden_size * t.intermediate_size
+    if t.num_experts:
+        layer += t.num_experts * t.hidden_size * (1 + 3 * t.moe_intermediate_size)
+    else:
+        layer += 3 * t.hidden_size * t.intermediate_size
     decoder = t.num_hidden_layers * layer + t.hidden_size
     decoder += (1 if config.tie_word_embeddings else 2) * t.vocab_size * t.hidden_size
     return encoder + merger + decoder

@@ -24,6 +24,7 @@ from ov2_jax.model.config import (
     model_config_from_hf,
     model_config_to_hf,
 )
+from ov2_jax.model.decoder import KVCache
 from ov2_jax.model.llava_onevision2 import LlavaOnevision2
 from ov2_jax.model.moe import MixtureOfExperts, RouterLoad, load_balancing_loss, load_metrics
 from ov2_jax.sharding import MeshConfig, batch_sharding, make_mesh, parameter_shardings
@@ -273,6 +274,40 @@ def test_flops_count_active_experts_only():
     assert 3.0e9 < active + 2048 * 151936 < 3.4e9  # "A3B", with the embedding
 
 
+# --- generation -----------------------------------------------------------------------------------
+
+
+def test_decoding_with_the_cache_equals_whole_passes():
+    compute = ComputeConfig(dtype="float32", remat="none")
+    model = nnx.merge(
+        nnx.split(
+            nnx.eval_shape(lambda: LlavaOnevision2(MODEL, rngs=nnx.Rngs(0), compute=compute))
+        )[0],
+        params(),
+    )
+    tokens = np.random.default_rng(5).integers(1, 60, (2, 7)).astype(np.int32)
+    zeros = np.zeros((1, 2, 7), np.int32)
+    rows = Batch(
+        tokens[None], zeros, zeros + np.arange(7, dtype=np.int32), zeros + 1, zeros - 1, ()
+    )
+
+    @jax.jit
+    def both(rows):
+        hidden, _ = model(rows)
+        prompt = jax.tree.map(lambda x: x[..., :4], rows)
+        _, collected = model(prompt, collect_cache=True)
+        room = [(0, 0), (0, 0), (0, 3), (0, 0), (0, 0)]
+        cache = KVCache(*(jnp.pad(c, room) for c in collected.cache))
+        steps = []
+        for at in range(4, 7):
+            logits, cache = model.decoder.decode(rows.tokens[0, :, at], jnp.full(2, at), cache)
+            steps.append(logits)
+        return model.decoder.logits(hidden)[:, 4:], jnp.stack(steps, 1)
+
+    whole, cached = both(rows)
+    np.testing.assert_allclose(cached, whole, atol=2e-5)
+
+
 # --- configs --------------------------------------------------------------------------------------
 
 
@@ -329,7 +364,7 @@ def test_a_dense_decoder_has_no_router_to_balance():
 # --- conversion -----------------------------------------------------------------------------------
 
 
-def test_the_released_size_has_18674_more_keys_than_a_layer_has_parts():
+def test_the_released_size_has_a_key_for_every_expert():
     """Of 48 layers: 8 tensors of attention and norms, a router, 3 of each of 128 experts."""
     table = key_table(model_config("30b-a3b"))
     decoder = [e for e in table if e.path[0] == "decoder"]
