@@ -118,13 +118,13 @@ def _arrival(
     n = len(size)
     rank = np.lexsort((size, vision))
     volume = np.cumsum(size[rank])
-    stratum = np.empty(n, np.int64)
-    stratum[rank] = (volume - size[rank]) * _STRATA // max(volume[-1], 1)
+    stratum = np.empty(n, np.int64)  # cut by what they fill and by their number
+    stratum[rank] = (volume - size[rank]) * _STRATA // volume[-1] + np.arange(n) * _STRATA // n
     by_stratum = np.argsort(stratum, kind="stable")
-    counts = np.bincount(stratum, minlength=_STRATA)
+    counts = np.bincount(stratum)
     number = np.arange(n) - np.repeat(np.cumsum(counts) - counts, counts)
     # Strata start at different fractions of their pace, or all would come at once.
-    offset = np.arange(_STRATA) * 0.6180339887 % 1
+    offset = np.arange(len(counts)) * 0.6180339887 % 1
     when = np.empty(n)
     when[by_stratum] = (number + np.repeat(offset, counts)) / np.repeat(counts, counts)
     late = np.empty(n)
@@ -227,11 +227,8 @@ def propose_vision_rows(
     if not table.largest.any():
         return ()
     order = np.random.default_rng(0).permutation(every)[:samples]
-    hard = np.unique(
-        np.concatenate(
-            [np.argsort(-a, kind="stable")[:500] for a in (table.patches, table.largest)]
-        )
-    )
+    extremes = [np.argsort(-a, kind="stable")[:500] for a in (table.patches, table.largest)]
+    hard = np.unique(np.concatenate(extremes))
 
     def widened(counts: dict[int, int]) -> dict[int, int]:
         """More rows, until every record fits."""
