@@ -21,13 +21,13 @@ from ov2_jax.data.prepared import MANIFEST, Plan, read_json
 from ov2_jax.data.reading import steps_ahead
 from ov2_jax.data.records import RecordSource
 from ov2_jax.data.rejects import RejectLog
-from ov2_jax.data.steps import Progress, StepInfo, share_state
+from ov2_jax.data.steps import Progress, StepInfo
 from ov2_jax.model.config import ConfigError, ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["StepInfo", "make_loader", "share_state"]
+__all__ = ["StepInfo", "make_loader"]
 
 
 def make_loader(

@@ -112,8 +112,9 @@ def _claim(job: Job, inputs: dict[str, Any]) -> None:
                 f"{job.out} was made with {found}; name another --out, or remove {job.out} to make "
                 "it anew."
             )
-        for part in job.folder.glob("**/.*.part"):  # of a killed run
-            part.unlink()
+        for pattern in (".*.part", "*/.*.part"):  # of a killed run
+            for part in job.folder.glob(pattern):
+                part.unlink()
     elif any(job.folder.iterdir()):
         raise DataError(f"{job.out} holds other files; name a new folder as --out.")
     else:
@@ -287,15 +288,20 @@ def _given(name: str) -> Any:
 
 
 def _runner() -> AbstractContextManager[Runner]:
-    if not _given("beam"):
-        if _given("beam-args"):
-            raise ConfigError(f"--beam-args is {_given('beam-args')!r} without --beam; add --beam.")
-        return Processes(_given("num-workers") or len(os.sched_getaffinity(0)))
+    if _given("beam"):
+        return contextlib.nullcontext(beam_runner(_given("beam-args")))
+    if _given("beam-args"):
+        raise ConfigError(f"--beam-args is {_given('beam-args')!r} without --beam; add --beam.")
+    return Processes(_given("num-workers") or len(os.sched_getaffinity(0)))
+
+
+def beam_runner(args: str) -> Runner:
+    """Raises ConfigError where Apache Beam is not installed."""
     if importlib.util.find_spec("apache_beam") is None:
         raise ConfigError("--beam needs Apache Beam; pip install 'ov2_jax[prepare]'.")
     from ov2_jax.data.prepare_beam import Pipelines
 
-    return contextlib.nullcontext(Pipelines(shlex.split(_given("beam-args"))))
+    return Pipelines(shlex.split(args))
 
 
 def main(argv: list[str]) -> None:

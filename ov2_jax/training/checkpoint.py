@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from ov2_jax.checkpoint_dir import CheckpointError
 from ov2_jax.data.errors import DataError
+from ov2_jax.data.steps import share_state
 from ov2_jax.training.config import CheckpointConfig
 from ov2_jax.training.step import TrainState
 
@@ -71,7 +72,8 @@ class RunCheckpoints:
     def restore(self, step: int, abstract: TrainState, loader: grain.DatasetIterator) -> TrainState:
         """The state of a step, in the shardings of `abstract`, and the loader moved to it.
 
-        Raises CheckpointError if anything is missing or of another shape.
+        Raises CheckpointError if anything is missing or of another shape, and DataError if the
+        loader cannot go on from there: from other data, or without a plan with other processes.
         """
         rest = abstract._asdict()
         params = rest.pop("params")
@@ -81,9 +83,11 @@ class RunCheckpoints:
                 args=ocp.args.Composite(
                     params=_restore_args(params),
                     train_state=_restore_args(rest),
-                    loader=grain.checkpoint.CheckpointRestore(loader),
                 ),
             )
+            states = _loader_states(self._folder / str(step) / "loader")
+            loader.set_state(share_state(states, jax.process_index(), jax.process_count()))
+            loader.start_prefetch()  # while the step compiles
         except DataError:
             raise
         except Exception as e:
@@ -99,6 +103,19 @@ class RunCheckpoints:
     def __exit__(self, *exc: object) -> None:
         self._manager.wait_until_finished()  # whatever ended the run, a started save is finished
         self._manager.close()
+
+
+def _loader_states(folder: epath.Path) -> list[dict[str, Any]]:
+    """What each process's loader saved, in their order. Grain itself restores only its own."""
+    found = sorted(
+        (int(path.stem.removeprefix("process_").split("-of-")[0]), path)
+        for path in folder.glob("process_*-of-*.json")
+    )
+    states = [json.loads(path.read_text()) for _, path in found]
+    counts = {int(path.stem.split("-of-")[1]) for _, path in found}
+    if counts != {len(found)}:
+        raise ValueError(f"{folder} does not hold the loader's state of every process")
+    return states
 
 
 def _each(tree: Any, value: Any) -> Any:
