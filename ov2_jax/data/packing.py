@@ -191,7 +191,8 @@ class Waiting:
         self._samples: dict[int, tuple[int, int, int, int, Runs]] = {}
         self._lists: dict[int, list[int]] = {}  # (-size << _AGE) + age, sorted
         self._smallest: dict[int, int] = {}  # a lower bound of a list's windows
-        self._density = 0.0  # most patches a token of any sample so far
+        # Bounds of all samples so far.
+        self._density, self._fewest = 0.0, config.seq_len  # patches a token, tokens
         self._next = self._oldest = 0
 
     def __len__(self) -> int:
@@ -219,6 +220,8 @@ class Waiting:
         insort(self._lists[where], (-size << _AGE) + age)
         if patches > self._density * tokens:
             self._density = patches / tokens
+        if tokens < self._fewest:
+            self._fewest = tokens
 
     def fill(self) -> list[Placed]:
         """Takes a pack's samples out, in the order in which they were placed.
@@ -241,7 +244,7 @@ class Waiting:
         kinds = [kind for kind in kinds if kind[-1]]
         for _, _, heap in kinds:
             heapify(heap)
-        while kinds:
+        while kinds and pack.most_tokens >= self._fewest:
             most, heap = pack.most_tokens, kinds[0][-1]
             if len(kinds) > 1:
                 tokens_left = pack.free_tokens / self._token_slots
@@ -254,8 +257,8 @@ class Waiting:
                     if score > best:
                         best, heap = score, other
             code, where = heap[0]
-            waiting, i = lists[where], at[where]
             name, tokens, patches, largest, runs = samples[code & _AGE_MASK]
+            i = at[where]
             done = None
             if tokens <= most and largest <= pack.largest:
                 done = pack.place(name, tokens, patches, runs)
@@ -263,27 +266,36 @@ class Waiting:
                 i += 1
             else:
                 placed.append(done)
-                del waiting[i], samples[code & _AGE_MASK]
+                del lists[where][i], samples[code & _AGE_MASK]
                 most = pack.most_tokens
-            # On to the next of this list that may fit: first by its size, then by its numbers.
-            end = len(waiting) if self._smallest[where] <= pack.largest else 0
-            if i < end and waiting[i] >> _AGE < -most:
-                room = most
-                if where:
-                    free = int(min(pack.patches, self._density * most + 1))
-                    room = max(most, -(-free * self._token_slots // self._patch_slots))
-                i = bisect_left(waiting, -room << _AGE, i)
-            for k in range(i, end):
-                code = waiting[k]
+            # On to this kind's next that may fit: first by its size, then by its numbers.
+            room, free = pack.largest, pack.patches
+            bound = most
+            if where:
+                wanted = int(min(free, self._density * most + 1)) * self._token_slots
+                bound = max(most, wanted // self._patch_slots + 1)
+            while True:
+                waiting = lists[where]
+                end = len(waiting) if self._smallest[where] <= room else 0
+                if i < end and waiting[i] >> _AGE < -bound:
+                    i = bisect_left(waiting, -bound << _AGE, i)
+                for k in range(i, end):
+                    code = waiting[k]
+                    _, tokens, patches, largest, _ = samples[code & _AGE_MASK]
+                    if tokens <= most and largest <= room and patches <= free:
+                        at[where] = k
+                        heapreplace(heap, (code, where))
+                        break
+                else:
+                    heappop(heap)
+                    if not heap:
+                        kinds = [kind for kind in kinds if kind[-1]]
+                        break
+                code, where = heap[0]
                 _, tokens, patches, largest, _ = samples[code & _AGE_MASK]
-                if tokens <= most and largest <= pack.largest and patches <= pack.patches:
-                    at[where] = k
-                    heapreplace(heap, (code, where))
+                if tokens <= most and largest <= room and patches <= free:
                     break
-            else:
-                heappop(heap)
-                if not heap:
-                    kinds = [kind for kind in kinds if kind[-1]]
+                i = at[where] + 1
         return placed
 
     def _first(self, pack: Pack) -> Placed:
