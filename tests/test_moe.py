@@ -20,6 +20,7 @@ from ov2_jax.model.compute import ComputeConfig
 from ov2_jax.model.config import (
     ConfigError,
     TextConfig,
+    load_config,
     model_config,
     model_config_from_hf,
     model_config_to_hf,
@@ -28,12 +29,14 @@ from ov2_jax.model.decoder import KVCache
 from ov2_jax.model.llava_onevision2 import LlavaOnevision2
 from ov2_jax.model.moe import MixtureOfExperts, RouterLoad, load_balancing_loss, load_metrics
 from ov2_jax.sharding import MeshConfig, batch_sharding, make_mesh, parameter_shardings
+from ov2_jax.training.config import experiment_from
 from ov2_jax.training.flops import Work, forward_flops
 from ov2_jax.training.optimizer import OptimizerConfig
-from ov2_jax.training.start import random_params
+from ov2_jax.training.start import random_params, with_checkpoint_model
 from ov2_jax.training.step import init_state, make_train_step
 from tests.cases import GOLDEN, Sample, pack
 from tests.conversion_cases import SMALL_MOE, make_folder, same_tensors, write_weights
+from tests.runs import config_of, run
 
 RAW = json.loads((GOLDEN / "moe/hf/config.json").read_text())
 TEXT = TextConfig(
@@ -62,13 +65,19 @@ MODEL = dataclasses.replace(
 
 # --- grouped matmul -------------------------------------------------------------------------------
 
-SIZES = {"empty groups": (0, 7, 0, 1, 16, 0), "one group": (0, 0, 0, 0, 0, 24), "even": (4,) * 6}
+SIZES = {
+    "empty groups": (0, 7, 0, 1, 16, 0),
+    "one group": (0, 0, 0, 0, 0, 24),
+    "even": (4,) * 6,
+    "odd, many blocks": (3, 500, 0, 98),
+}
 
 
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
-def test_grouped_matmul_and_both_gradients(sizes, dtype, tolerance):
+@pytest.mark.parametrize("name", SIZES)
+def test_grouped_matmul_and_both_gradients(name):
     """Against one matmul a group in float64."""
+    sizes = SIZES[name]
+    dtype, tolerance = (jnp.bfloat16, 2e-2) if name == "even" else (jnp.float32, 1e-5)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(sum(sizes), 16)).astype(dtype)
     kernels = rng.normal(size=(len(sizes), 16, 8)).astype(dtype)
@@ -211,12 +220,11 @@ def train_step(config: OptimizerConfig, model=MODEL):
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, eps=1e-3, train=("decoder",))
 
 
-@pytest.mark.parametrize("mesh_config", [MeshConfig(), MeshConfig(2, 4)])
-def test_eight_devices_equal_one(mesh_config):
+def test_eight_devices_equal_one():
     """Tokens are routed where they are; the balance is over all of them."""
     state = init_state(params(), OPTIMIZER, 0)
     alone, want = train_step(OPTIMIZER)(state, cut(1))
-    mesh = make_mesh(mesh_config)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     placed = jax.device_put(state, parameter_shardings(state, mesh))
     kernel = placed.params["decoder"]["layers"]["mlp"]["experts"]["down_proj"]["kernel"]
     assert kernel.addressable_shards[0].data.size * mesh.shape["fsdp"] == kernel.size
@@ -272,6 +280,39 @@ def test_flops_count_active_experts_only():
     active = 48 * layer_parameters + 2048 * 151936
     assert forward_flops(model, work)["decoder"] == 2 * 1000 * active
     assert 3.0e9 < active + 2048 * 151936 < 3.4e9  # "A3B", with the embedding
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+def test_a_run_trains_tells_the_balance_and_exports(tmp_path, data):
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    }
+    changes = {f"model.text.{name}": value for name, value in experts.items()}
+    changes["model.router_aux_loss_coef"] = 0.01
+    assert run(tmp_path / "run", data, steps=2, **changes) == 2
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    for line in map(json.loads, lines):
+        assert 2 <= line["moe/aux_loss"] < 4 and 1 <= line["moe/max_load"] <= 2
+        assert 0 <= line["moe/dead_experts"] <= 2
+    to_hf.convert(tmp_path / "run", tmp_path / "hf", dtype="bfloat16")
+    exported = load_config(tmp_path / "hf")
+    assert exported.text.num_experts == 4 and exported.router_aux_loss_coef == 0.01
+    from_hf.convert(tmp_path / "hf", tmp_path / "start")
+
+    # The next run's coefficient is its own; its sizes must be the checkpoint's.
+    changes |= {"init_from": str(tmp_path / "start"), "model.router_aux_loss_coef": 0.5}
+    next_run = experiment_from(config_of(tmp_path / "next", data, **changes))
+    found, notes = with_checkpoint_model(next_run, resuming=False)
+    assert found.model.router_aux_loss_coef == 0.5 and notes == []
+    changes["model.text.num_experts"] = 8
+    wrong = experiment_from(config_of(tmp_path / "next", data, **changes))
+    with pytest.raises(ConfigError, match="model.text.num_experts is 8, the checkpoint's 4"):
+        with_checkpoint_model(wrong, resuming=False)
 
 
 # --- generation -----------------------------------------------------------------------------------

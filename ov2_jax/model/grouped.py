@@ -91,7 +91,14 @@ def outer_by_blocks(x: jax.Array, gradient: jax.Array, sizes: jax.Array) -> jax.
 def outer_by_megablox(
     x: jax.Array, gradient: jax.Array, sizes: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """The same by a Pallas kernel; its tiles of rows must divide them."""
-    rows, n_in, n_out = len(x), x.shape[1], gradient.shape[1]
-    tiles = math.gcd(rows, _TILES[0]), min(n_in, _TILES[1]), min(n_out, _TILES[2])
+    """The same by a Pallas kernel. Rows that its tiles do not divide are padded: no group's."""
+    tile = min(_TILES[0], -(-len(x) // 8) * 8)
+    x, gradient = (jnp.pad(y, [(0, -len(y) % tile), (0, 0)]) for y in (x, gradient))
+    tiles = tile, _tile(x.shape[1], _TILES[1]), _tile(gradient.shape[1], _TILES[2])
     return tgmm(x.T, gradient, sizes, gradient.dtype, tiles, interpret=interpret)
+
+
+def _tile(size: int, limit: int) -> int:
+    """The largest whole part of `size` in lanes of 128, or `limit` where there is none."""
+    parts = (n for n in range(min(size, limit) // 128 * 128, 0, -128) if size % n == 0)
+    return next(parts, min(size, limit))
