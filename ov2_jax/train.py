@@ -2,14 +2,18 @@
 
 Every field of the config can be overridden, e.g. --config.optimizer.learning_rate=2e-5. A work
 directory that holds checkpoints is resumed from its newest one, bit-exactly. SIGTERM saves a
-checkpoint and exits. Everything a config gets wrong is said before the accelerator is touched.
+checkpoint and ends with status 75: not done, run the same command again. Everything a config gets
+wrong is said before the accelerator is touched.
 """
 
 import collections
 import contextlib
 import json
 import math
+import os
+import sys
 import time
+import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
@@ -24,17 +28,21 @@ from ov2_jax.data.batch import Batch
 from ov2_jax.data.errors import DataError
 from ov2_jax.data.loader import StepInfo, make_loader
 from ov2_jax.data.tokenizer import load_tokenizer
+from ov2_jax.exit_codes import INTERRUPTED
 from ov2_jax.model.config import ConfigError
 from ov2_jax.sharding import batch_sharding, data_shards, make_mesh
-from ov2_jax.training.checkpoint import RunCheckpoints, StopSignal, latest_step
+from ov2_jax.training.checkpoint import RunCheckpoints, latest_step
 from ov2_jax.training.config import Experiment, experiment_from, experiment_to_dict
+from ov2_jax.training.distributed import StopSignal, join
 from ov2_jax.training.flops import Work, batch_work, train_flops
+from ov2_jax.training.health import Health
 from ov2_jax.training.metrics import MetricWriter, json_line
 from ov2_jax.training.start import (
     abstract_train_state,
     first_state,
     model_graph,
     tokenizer_folder,
+    use_compilation_cache,
     with_checkpoint_model,
     write_hf_folder,
 )
@@ -193,6 +201,7 @@ def _train(experiment: Experiment, stack: contextlib.ExitStack) -> int:
     processes, first_process = jax.process_count(), jax.process_index() == 0
     experiment.check_mesh(data_shards(mesh), processes)
     workdir = absolute(experiment.workdir)
+    health = stack.enter_context(Health(workdir, jax.process_index()))
     step = latest_step(workdir)
     experiment, notes = with_checkpoint_model(experiment, resuming=step > 0)
     config = experiment_to_dict(experiment)
@@ -255,6 +264,7 @@ def _train(experiment: Experiment, stack: contextlib.ExitStack) -> int:
             state, metrics = train_step(state, to_devices(batch, mesh, experiment.grad_accum))
             step += 1
             reporter.add(step, metrics, info, work, waited)
+            health.beat(step)
             last = step == experiment.steps or stop.asked(step)
             if last or step % experiment.checkpoint.every == 0:
                 reporter.flush()
@@ -279,6 +289,14 @@ def parse_flags(argv: list[str]) -> list[str]:
         ) from e
 
 
+def _end_if_distributed(error: str) -> None:
+    """One of several processes ends at once: at an ordinary exit JAX would wait for the others,
+    which wait for it in a collective, until all is lost to a timeout of minutes."""
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(1)
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
@@ -286,10 +304,17 @@ def main(argv: list[str]) -> None:
     try:
         experiment = experiment_from(_CONFIG.value)
         if experiment.distributed:
-            jax.distributed.initialize()
-        train(experiment)
+            join()
+        use_compilation_cache(experiment.workdir)
+        done = train(experiment) == experiment.steps
     except (ConfigError, DataError, CheckpointError, TrainingError) as e:
+        _end_if_distributed(f"{type(e).__name__}: {e}")
         raise SystemExit(f"{type(e).__name__}: {e}") from e
+    except Exception:
+        _end_if_distributed(traceback.format_exc())
+        raise
+    if not done:
+        raise SystemExit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from conversion import from_hf, to_hf
 from ov2_jax.checkpoint_dir import CheckpointError
 from ov2_jax.data.loader import StepInfo
+from ov2_jax.exit_codes import INTERRUPTED
 from ov2_jax.generation.load import open_checkpoint
 from ov2_jax.model.config import ConfigError
 from ov2_jax.train import Reporter, TrainingError, train
@@ -81,9 +82,9 @@ class TestInterrupted:
             time.sleep(0.005)
         pytest.fail("the run did not get there in a minute")
 
-    def finish(self, process: subprocess.Popen) -> str:
+    def finish(self, process: subprocess.Popen, status: int = 0) -> str:
         _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+        assert process.returncode == status, errors
         return errors
 
     def test_resume_is_exact(self, tmp_path, data):
@@ -94,7 +95,7 @@ class TestInterrupted:
         metrics = broken / "metrics.jsonl"
         self.wait_until(process, lambda: metrics.exists() and len(metrics.read_text()) > 2000)
         process.send_signal(signal.SIGTERM)
-        assert "Run the same command to go on" in self.finish(process)
+        assert "Run the same command to go on" in self.finish(process, INTERRUPTED)
         (stopped,) = (int(p.name) for p in (broken / "checkpoints").iterdir())
         assert 0 < stopped < 40 and max(losses(broken)) == stopped
 

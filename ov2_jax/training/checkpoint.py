@@ -4,7 +4,6 @@ Nothing is ever restored in part: what does not fit raises CheckpointError.
 """
 
 import json
-import signal
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -12,7 +11,6 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from ov2_jax.checkpoint_dir import CheckpointError
 from ov2_jax.data.errors import DataError
@@ -137,28 +135,3 @@ def restore_params(folder: epath.Path, abstract: Any) -> Any:
             raise CheckpointError(
                 f"The parameters in {folder} do not fit the model: {type(e).__name__}: {e}"
             ) from e
-
-
-class StopSignal:
-    """SIGTERM asks for a last checkpoint and a clean exit, at the same step on every process."""
-
-    def __init__(self) -> None:
-        self._asked = False
-
-    def __enter__(self) -> Self:
-        self._previous = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
-
-    def _ask(self, *_: object) -> None:
-        self._asked = True
-
-    def asked(self, step: int) -> bool:
-        """With several processes the answer is agreed on every tenth step: it costs a sync."""
-        if jax.process_count() == 1:
-            return self._asked
-        if step % 10:
-            return False
-        return bool(multihost_utils.process_allgather(self._asked).any())

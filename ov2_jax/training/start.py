@@ -1,6 +1,7 @@
 """Where a run starts: the model's config, its first parameters, and the folder kept for export."""
 
 import dataclasses
+import os
 import pathlib
 import shutil
 from typing import Any
@@ -11,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from conversion import hf_folder
-from ov2_jax.checkpoint_dir import resolve
+from ov2_jax.checkpoint_dir import absolute, resolve
 from ov2_jax.model.config import ConfigError, ModelConfig, load_config, model_config_to_hf
 from ov2_jax.model.llava_onevision2 import LlavaOnevision2
 from ov2_jax.sharding import parameter_shardings
@@ -123,6 +124,17 @@ def write_hf_folder(experiment: Experiment) -> None:
     pixels = experiment.data.min_pixels, experiment.data.max_pixels
     hf_folder.complete(part, experiment.model, None, pixels=pixels)
     part.rename(folder)
+
+
+def use_compilation_cache(workdir: str) -> None:
+    """Keeps compiled programs, for the next start of the same run, in WORKDIR/compilation_cache.
+
+    All hosts see that folder. JAX_COMPILATION_CACHE_DIR names another, which runs may share;
+    JAX_ENABLE_COMPILATION_CACHE=false does without.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        folder = os.fspath(absolute(workdir) / "compilation_cache")
+        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def random_params(model: ModelConfig, seed: int) -> dict[str, Any]:
