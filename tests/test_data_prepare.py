@@ -20,7 +20,9 @@ from ov2_jax.data.codec.config import CodecConfig
 from ov2_jax.data.config import PackConfig, SourceConfig
 from ov2_jax.data.encode import SampleEncoder
 from ov2_jax.data.errors import DataError, Rejected
+from ov2_jax.data.plan import Lengths
 from ov2_jax.data.prepare import beam_runner, prepare
+from ov2_jax.data.prepare_report import some_lengths
 from ov2_jax.data.prepare_work import Job, Processes, Worker
 from ov2_jax.data.prepared import Plan
 from ov2_jax.data.records import RecordSource
@@ -230,10 +232,8 @@ def test_other_data_seeds_and_tokenizers_are_refused(tmp_path):
     other = tmp_path / "tokenizer"
     shutil.copytree(PROCESSOR / "tokenizer", other)
     text = json.loads((other / "tokenizer.json").read_text())
-    more = {**text["added_tokens"][0], "id": 1000, "content": "<more>"}
-    (other / "tokenizer.json").write_text(
-        json.dumps({**text, "added_tokens": [*text["added_tokens"], more]})
-    )
+    text["added_tokens"][-1]["single_word"] = True
+    (other / "tokenizer.json").write_text(json.dumps(text))
     with pytest.raises(DataError, match="tokenizer '[0-9a-f]+', but this run has '[0-9a-f]+'"):
         prepared(path, tmp_path / "out", tokenizer=str(other), **alternate)
     with path.open("a") as file:
@@ -283,3 +283,21 @@ def test_tables_are_mapped_and_empty_ones_work(tmp_path):
     plan = Plan(tmp_path / "out")
     assert isinstance(plan.members(0).base, np.memmap) or isinstance(plan.members(0), np.memmap)
     assert Counter(int(r) for p in range(plan.packs) for r in plan.members(p)) == Counter(range(9))
+
+
+def test_vision_rows_are_proposed_from_some_of_many_records():
+    """Every record of the part has its own windows, and the largest are in it."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 4, 30_000)
+    ends = np.cumsum(counts)
+    windows = rng.integers(1, 400, ends[-1]).astype(np.int32)
+    windows[12_345] = 4000
+    tokens = np.arange(30_000, dtype=np.int32) + 1  # a record's tokens tell its number
+    part = some_lengths(Lengths(tokens, windows, ends))
+    assert 20_000 <= len(part.tokens) <= 21_000 and part.windows.max() == 4000
+    for i in range(0, len(part.tokens), 500):
+        record = int(part.tokens[i]) - 1
+        begin, end = (int(part.ends[i - 1]) if i else 0), int(part.ends[i])
+        np.testing.assert_array_equal(
+            part.windows[begin:end], windows[ends[record] - counts[record] : ends[record]]
+        )

@@ -11,8 +11,10 @@ from rich.table import Table
 
 from ov2_jax.data.config import PackConfig
 from ov2_jax.data.lengths import count_by_source, usable_lengths
-from ov2_jax.data.plan import Packs, propose_vision_rows
+from ov2_jax.data.plan import Lengths, Packs, propose_vision_rows
 from ov2_jax.data.prepared import Arrays
+
+_PROPOSE_FROM = 20_000  # records; from a million it would take a minute and a half
 
 
 def set_aside(
@@ -46,7 +48,7 @@ def make_report(
     used = int(tokens[packs.members].sum(dtype=np.int64))
     used_patches = int(patches[packs.members].sum())
     n = sum(epochs)
-    lengths, _ = usable_lengths(table)
+    lengths = some_lengths(usable_lengths(table)[0])
     proposed = propose_vision_rows(lengths, config.rows, config.seq_len, unit=merge_unit)
     by_source = {
         name: dict(zip(("records", "usable", "tokens", "patches"), row, strict=True))
@@ -80,6 +82,27 @@ def make_report(
             "proposed": [list(c) for c in proposed],
         },
     }
+
+
+def some_lengths(lengths: Lengths) -> Lengths:
+    """Enough records to propose vision rows from: evenly spaced ones, and those with most patches
+    or the largest window."""
+    n = len(lengths.tokens)
+    if n <= _PROPOSE_FROM:
+        return lengths
+    counts = np.diff(lengths.ends, prepend=0)
+    starts = lengths.ends - counts
+    sums = np.concatenate([[0], np.cumsum(lengths.windows, dtype=np.int64)])
+    largest = np.zeros(n, np.int32)
+    some = counts > 0
+    if some.any():
+        largest[some] = np.maximum.reduceat(lengths.windows, starts[some])
+    chosen = [np.linspace(0, n - 1, _PROPOSE_FROM).astype(np.int64)]
+    for size in (sums[lengths.ends] - sums[starts], largest):
+        chosen.append(np.argsort(-size, kind="stable")[:500])
+    which = np.unique(np.concatenate(chosen))
+    windows = [lengths.windows[starts[i] : lengths.ends[i]] for i in which]
+    return Lengths(lengths.tokens[which], np.concatenate(windows), np.cumsum(counts[which]))
 
 
 def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
