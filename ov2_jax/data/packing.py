@@ -11,7 +11,6 @@ few samples that wait in its look-ahead; data/plan.py on a whole corpus.
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from heapq import heapify, heappop, heapreplace
 from itertools import groupby, islice
 from typing import NamedTuple
 
@@ -23,10 +22,9 @@ from ov2_jax.data.errors import DataError
 from ov2_jax.data.sample import EncodedSample
 from ov2_jax.model.config import ModelConfig
 
-# Sorted lists of whole numbers: (room << _ROW) + row, and (-size << _AGE) + age. One comparison of
-# such a number is several times quicker than one of a tuple.
-_ROW, _AGE = 16, 32
-_ROW_MASK, _AGE_MASK = (1 << _ROW) - 1, (1 << _AGE) - 1
+# Rooms are sorted as whole numbers, (room << _ROW) + row: several times quicker than as tuples.
+_ROW = 16
+_ROW_MASK = (1 << _ROW) - 1
 
 
 class SampleSize(NamedTuple):
@@ -157,17 +155,15 @@ class Pack:
         return name, row, self.seq_len - (code >> _ROW), chunks
 
 
-# Samples by what they want for a token, in patches, against what a pack has: up to so much, and
-# (tokens, patches) in which direction they so take room.
+# Kinds of samples, by the share of a pack's patches that they take against that of its tokens: up
+# to so much, and (tokens, patches) in which direction they so use up a pack.
 _KINDS = (
-    (0.0, (1.0, 0.0)),
-    (0.5, (1.0, 0.25)),
-    (0.8, (1.0, 0.65)),
-    (1.0, (1.0, 0.9)),
-    (float("inf"), (0.9, 1.0)),
+    (0.0, (1.0, 0.0)),  # text
+    (0.6, (1.0, 0.35)),
+    (0.95, (1.0, 0.8)),
+    (float("inf"), (0.95, 1.0)),
 )
 _MOST = tuple(most for most, _ in _KINDS)
-_LIST = 8  # a list's number is (kind << _LIST) + bucket
 
 
 class Waiting:
@@ -179,49 +175,32 @@ class Waiting:
     suits the room that is left (the fourth power of the product of both directions): where patches
     run out before tokens text is preferred, so both budgets are used up together.
 
-    So that a pack costs the samples that it takes and not those that wait, samples lie in lists by
-    kind and largest window, each sorted by size. A pack walks all lists at once (a heap a kind of
-    their next samples) and skips what cannot fit, by bisection.
+    Samples lie in a list a kind, sorted by size. While a pack is filled room only shrinks, so what
+    did not fit once is not asked again: a pack walks every list once.
     """
 
     def __init__(self, config: PackConfig) -> None:
         self._config = config
         self._token_slots, self._patch_slots = config.token_slots, max(config.patch_slots, 1)
-        # By age: name, tokens, patches, largest window, runs.
-        self._samples: dict[int, tuple[int, int, int, int, Runs]] = {}
-        self._lists: dict[int, list[int]] = {}  # (-size << _AGE) + age, sorted
-        self._smallest: dict[int, int] = {}  # a lower bound of a list's windows
-        # Bounds of all samples so far.
-        self._density, self._fewest = 0.0, config.seq_len  # patches a token, tokens
+        # (-size, age, tokens, patches, largest window, name, runs)
+        self._lists: list[list[tuple[int, int, int, int, int, int, Runs]]] = [[] for _ in _KINDS]
+        self._kinds: dict[int, int] = {}  # by age
         self._next = self._oldest = 0
+        self._density = 0.0  # most patches a token of any sample so far
 
     def __len__(self) -> int:
-        return len(self._samples)
-
-    def _where(self, tokens: int, patches: int, largest: int) -> tuple[int, int]:
-        """A sample's list, and its size there, in tokens."""
-        if not patches:
-            return 0, tokens
-        wants = -(-patches * self._token_slots // self._patch_slots)
-        bits = largest.bit_length()  # windows of a list differ by at most a quarter
-        bucket = 4 * (bits - 2) + (largest >> bits - 3 & 3) if bits > 2 else largest
-        return (bisect_left(_MOST, wants / tokens) << _LIST) + bucket, max(tokens, wants)
+        return len(self._kinds)
 
     def add(self, name: int, tokens: int, patches: int, runs: Runs) -> None:
         """A new sample of so many patches in all. `name` is given back when it is packed."""
         age, self._next = self._next, self._next + 1
-        largest = runs[0][0] if runs else 0
-        self._samples[age] = (name, tokens, patches, largest, runs)
-        where, size = self._where(tokens, patches, largest)
-        if where not in self._lists:
-            self._lists[where] = []
-            bucket = where & (1 << _LIST) - 1
-            self._smallest[where] = (4 | bucket & 3) << bucket // 4 - 1 if bucket > 3 else bucket
-        insort(self._lists[where], (-size << _AGE) + age)
-        if patches > self._density * tokens:
-            self._density = patches / tokens
-        if tokens < self._fewest:
-            self._fewest = tokens
+        kind, size, largest = 0, tokens, 0
+        if patches:
+            wants = -(-patches * self._token_slots // self._patch_slots)
+            kind, size, largest = bisect_left(_MOST, wants / tokens), max(tokens, wants), runs[0][0]
+            self._density = max(self._density, patches / tokens)
+        self._kinds[age] = kind
+        insort(self._lists[kind], (-size, age, tokens, patches, largest, name, runs))
 
     def fill(self) -> list[Placed]:
         """Takes a pack's samples out, in the order in which they were placed.
@@ -230,87 +209,66 @@ class Waiting:
         next depends on the room that is left and on the sample alone. Raises DataError if the
         oldest sample does not fit into an empty pack; encoding must have rejected it.
         """
-        if not self._samples:
+        if not self._kinds:
             return []
         pack = Pack(self._config)
         placed = [self._first(pack)]
-        samples, lists = self._samples, self._lists
-        at = dict.fromkeys(lists, 0)
-        heaps: list[list[tuple[int, int]]] = [[] for _ in _KINDS]
-        for where, waiting in lists.items():
-            if waiting and self._smallest[where] <= pack.largest:
-                heaps[where >> _LIST].append((waiting[0], where))
-        kinds = [(*direction, heap) for (_, direction), heap in zip(_KINDS, heaps, strict=True)]
-        kinds = [kind for kind in kinds if kind[-1]]
-        for _, _, heap in kinds:
-            heapify(heap)
-        while kinds and pack.most_tokens >= self._fewest:
-            most, heap = pack.most_tokens, kinds[0][-1]
-            if len(kinds) > 1:
-                tokens_left = pack.free_tokens / self._token_slots
-                patches_left = pack.patches / self._patch_slots
-                best = -1.0
-                for along_tokens, along_patches, other in kinds:
-                    suits = along_tokens * tokens_left + along_patches * patches_left
-                    suits *= suits
-                    score = suits * suits * -(other[0][0] >> _AGE)
-                    if score > best:
-                        best, heap = score, other
-            code, where = heap[0]
-            name, tokens, patches, largest, runs = samples[code & _AGE_MASK]
-            i = at[where]
+        # A kind's direction, its list, and where in it the next is that may fit.
+        heads = [
+            [*direction, waiting, 0]
+            for (_, direction), waiting in zip(_KINDS, self._lists, strict=True)
+            if waiting
+        ]
+        while heads:
+            tokens_left = pack.free_tokens / self._token_slots
+            patches_left = pack.patches / self._patch_slots
+            best, head = -1.0, heads[0]
+            for other in heads:
+                along_tokens, along_patches, waiting, i = other
+                suits = along_tokens * tokens_left + along_patches * patches_left
+                suits *= suits
+                score = suits * suits * -waiting[i][0]
+                if score > best:
+                    best, head = score, other
+            _, _, waiting, i = head
+            _, age, tokens, patches, largest, name, runs = waiting[i]
             done = None
-            if tokens <= most and largest <= pack.largest:
+            if tokens <= pack.most_tokens and largest <= pack.largest:
                 done = pack.place(name, tokens, patches, runs)
             if done is None:
                 i += 1
             else:
                 placed.append(done)
-                del lists[where][i], samples[code & _AGE_MASK]
-                most = pack.most_tokens
-            # On to this kind's next that may fit: first by its size, then by its numbers.
-            room, free = pack.largest, pack.patches
-            bound = most
-            if where:
-                wanted = int(min(free, self._density * most + 1)) * self._token_slots
-                bound = max(most, wanted // self._patch_slots + 1)
-            while True:
-                waiting = lists[where]
-                end = len(waiting) if self._smallest[where] <= room else 0
-                if i < end and waiting[i] >> _AGE < -bound:
-                    i = bisect_left(waiting, -bound << _AGE, i)
-                for k in range(i, end):
-                    code = waiting[k]
-                    _, tokens, patches, largest, _ = samples[code & _AGE_MASK]
-                    if tokens <= most and largest <= room and patches <= free:
-                        at[where] = k
-                        heapreplace(heap, (code, where))
-                        break
-                else:
-                    heappop(heap)
-                    if not heap:
-                        kinds = [kind for kind in kinds if kind[-1]]
-                        break
-                code, where = heap[0]
-                _, tokens, patches, largest, _ = samples[code & _AGE_MASK]
-                if tokens <= most and largest <= room and patches <= free:
+                del waiting[i], self._kinds[age]
+            # On to the next that may fit: by its size, then by its numbers.
+            most, room, free = pack.most_tokens, pack.largest, pack.patches
+            end = len(waiting)
+            if i < end and -waiting[i][0] > most:
+                wants = min(free, int(self._density * most + 1)) if patches else 0
+                bound = max(most, wants * self._token_slots // self._patch_slots + 1)
+                i = bisect_left(waiting, (-bound,), i)
+            while i < end:
+                after = waiting[i]
+                if after[2] <= most and after[4] <= room and after[3] <= free:
                     break
-                i = at[where] + 1
+                i += 1
+            head[-1] = i
+            if i == end:
+                heads = [other for other in heads if other is not head]
         return placed
 
     def _first(self, pack: Pack) -> Placed:
-        while self._oldest not in self._samples:
+        while self._oldest not in self._kinds:
             self._oldest += 1
-        name, tokens, patches, largest, runs = self._samples.pop(self._oldest)
+        waiting = self._lists[self._kinds.pop(self._oldest)]
+        at = next(i for i, sample in enumerate(waiting) if sample[1] == self._oldest)
+        _, _, tokens, patches, _, name, runs = waiting.pop(at)
         done = pack.place(name, tokens, patches, runs)
         if done is None:
             raise DataError(
                 f"A sample of {tokens} tokens and {patches} patches "
                 "does not fit into an empty pack."
             )
-        where, size = self._where(tokens, patches, largest)
-        waiting = self._lists[where]
-        del waiting[bisect_left(waiting, (-size << _AGE) + self._oldest)]
         return done
 
 

@@ -16,7 +16,7 @@ from ov2_jax.data.config import PackConfig
 from ov2_jax.data.errors import DataError
 from ov2_jax.data.packing import Pack, Runs, Waiting
 
-_WAITING = 512  # samples to choose from; more take longer and hardly fill better
+_WAITING = 192  # samples to choose from; more take longer and do not fill better
 _STRATA = 64
 _AHEAD = 2.0  # packs whose worth of samples of each size has come when a pack is filled
 _CHUNK = 1 << 16
