@@ -166,11 +166,13 @@ class MixtureOfExperts(nnx.Module):
         """
         with jax.default_matmul_precision("highest"):
             probabilities = jax.nn.softmax(self.gate(x.astype(jnp.float32)))  # B L E
-        weights, chosen = jax.lax.top_k(probabilities, self.per_token)
+        _, chosen = jax.lax.top_k(jax.lax.stop_gradient(probabilities), self.per_token)
+        hits = chosen[..., None] == jnp.arange(probabilities.shape[-1])  # B L X E
+        # Not top_k's own values: their gradient is a scatter.
+        weights = jnp.sum(jnp.where(hits, probabilities[..., None, :], 0), -1)  # B L X
         if self.normalise:
             weights = weights / weights.sum(-1, keepdims=True)
         counted = real.astype(jnp.float32)[..., None]  # B L 1
-        hits = chosen[..., None] == jnp.arange(probabilities.shape[-1])  # B L X E
         load = RouterLoad(
             jnp.sum(counted * hits.sum(-2), (0, 1)),
             jnp.sum(counted * probabilities, (0, 1)),
