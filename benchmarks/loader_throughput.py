@@ -10,18 +10,22 @@ images  the road of a training sample (file, decode, resize, patches, tokens) ag
 clips   16 uniform frames, and codec-style reading, against PyAV decoding to RGB and nothing else.
 rows    the whole loader with pictures, clips and text, with threads and with worker processes.
 
-Two sides of a ratio alternate in one process, and each file counts with its best round, in CPU time
-(all threads of the process) and wall time: so a ratio holds on a busy machine too, seconds and the
-rates of worker processes only on a quiet one.
+Two sides of a ratio alternate file by file, those of `images` in a process each, and a file counts
+with its median round, in CPU time (all threads of the process) and wall time. So a ratio holds on a
+busy machine too, seconds and the rates of worker processes only on a quiet one.
 """
 
 import argparse
 import json
 import math
+import multiprocessing
 import pathlib
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
 
 import av
 import numpy as np
@@ -72,9 +76,11 @@ def write_jpegs(folder: pathlib.Path, sizes: Iterable[tuple[int, int]]) -> list[
 
 
 def write_clip(path: pathlib.Path, height: int, width: int, frames: int) -> str:
-    """A camera that moves over a texture, and a square of another one that moves over it."""
+    """A camera that moves over a texture, a part of another that moves over it, and its grain."""
     ground = np.asarray(texture(height + 256, width + 256, 1))
     thing = np.asarray(texture(height // 4, width // 4, 2))
+    rng = np.random.default_rng(0)
+    grain = rng.normal(0, 4, (height + 64, width + 64, 1)).round().astype(np.int16)
     with av.open(str(path), "w") as container:
         options = {"crf": "23", "preset": "veryfast", "g": "120"}
         stream = container.add_stream("libx264", rate=FPS, options=options)
@@ -84,24 +90,57 @@ def write_clip(path: pathlib.Path, height: int, width: int, frames: int) -> str:
             picture = ground[y : y + height, x : x + width].copy()
             top, left = (7 * i % (side * 3 // 4) for side in (height, width))
             picture[top : top + height // 4, left : left + width // 4] = thing
+            down, right = rng.integers(0, 64, 2)
+            noise = grain[down : down + height, right : right + width]
+            picture = np.clip(picture + noise, 0, 255).astype(np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
     return str(path)
 
 
+def timed(read: Callable[[str], object], file: str) -> tuple[float, float]:
+    """(CPU, wall) seconds; CPU of all threads of the process."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    read(file)
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
 def alternate(
-    sides: dict[str, Callable[[str], object]], files: list[str], rounds: int
+    sides: dict[str, Callable[[str], tuple[float, float]]], files: list[str], rounds: int
 ) -> dict[str, tuple[float, float]]:
-    """(CPU, wall) seconds of each side for all files, each file's best round."""
-    best = {name: np.full((len(files), 2), np.inf) for name in sides}
+    """(CPU, wall) seconds of each side for all files, each file's median round."""
+    spent: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in sides}
     for _ in range(rounds):
-        for i, file in enumerate(files):
-            for name, read in sides.items():
-                cpu, wall = time.process_time(), time.perf_counter()
-                read(file)
-                spent = time.process_time() - cpu, time.perf_counter() - wall
-                best[name][i] = np.minimum(best[name][i], spent)
-    return {name: tuple(seconds.sum(0).tolist()) for name, seconds in best.items()}
+        for seconds in spent.values():
+            seconds.append([])
+        for file in files:
+            for name, side in sides.items():
+                spent[name][-1].append(side(file))
+    return {name: tuple(np.median(x, axis=0).sum(0).tolist()) for name, x in spent.items()}
+
+
+class Apart:
+    """A side in a process of its own: what one leaves of the heap would speed up the other."""
+
+    def __init__(self, make: Callable[[], Callable[[str], object]]) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=_serve, args=(make, theirs), daemon=True)
+        self._process.start()
+
+    def __call__(self, file: str) -> tuple[float, float]:
+        self._pipe.send(file)
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        self._pipe.send(None)
+        self._process.join()
+
+
+def _serve(make: Callable[[], Callable[[str], object]], pipe: Connection) -> None:
+    read = make()
+    while (file := pipe.recv()) is not None:
+        pipe.send(timed(read, file))
 
 
 def report(**values: object) -> None:
@@ -124,46 +163,58 @@ def small_model() -> ModelConfig:
     )
 
 
-def bench_images(folder: pathlib.Path, rounds: int) -> None:
+def hf_processor() -> Any:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     vision = small_model().vision
-    theirs = Qwen2VLImageProcessorPil(
+    return Qwen2VLImageProcessorPil(
         patch_size=vision.patch_size,
         merge_size=vision.spatial_merge_size,
         temporal_patch_size=1,
         min_pixels=MIN_PIXELS,
         max_pixels=MAX_PIXELS,
     )
+
+
+def hf_reader() -> Callable[[str], np.ndarray]:
+    processor = hf_processor()
+
+    def read(path: str) -> np.ndarray:
+        with Image.open(path) as image:
+            return processor(images=image, return_tensors="np")["pixel_values"]
+
+    return read
+
+
+def our_reader() -> Callable[[str], np.ndarray]:
     data = DataConfig(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
     encoder = SampleEncoder(data, small_model(), load_tokenizer(TOKENIZER, small_model()))
+    return lambda path: encoder.encode_prompt(QUESTION, [path]).patches
 
-    def hf(path: str) -> np.ndarray:
-        with Image.open(path) as image:
-            return theirs(images=image, return_tensors="np")["pixel_values"]
 
-    def ours(path: str) -> np.ndarray:
-        return encoder.encode_prompt(QUESTION, [path]).patches
-
-    area = vision.patch_size**2
-    mean, deviation = (np.repeat(x, area) for x in (theirs.image_mean, theirs.image_std))
+def bench_images(folder: pathlib.Path, rounds: int) -> None:
+    hf, ours, processor = hf_reader(), our_reader(), hf_processor()
+    area = small_model().vision.patch_size ** 2
+    mean, deviation = (np.repeat(x, area) for x in (processor.image_mean, processor.image_std))
+    sides = {"ours": Apart(our_reader), "hf": Apart(hf_reader)}
     for name, sizes in SIZES.items():
         (folder / name).mkdir()
         files = write_jpegs(folder / name, sizes)
         for file in files:
             if not np.array_equal(ours(file), np.rint((hf(file) * deviation + mean) * 255)):
                 raise SystemExit(f"{file}: pixels differ from the Hugging Face processor's")
-        seconds = alternate({"ours": ours, "hf": hf}, files, rounds)
-        megabytes = sum(pathlib.Path(file).stat().st_size for file in files) / 1e6
+        seconds = alternate(sides, files, rounds)
         report(
             part="images",
             files=name,
-            megabytes=megabytes,
+            megabytes=sum(pathlib.Path(file).stat().st_size for file in files) / 1e6,
             per_core=len(files) / seconds["ours"][0],
             hf_per_core=len(files) / seconds["hf"][0],
             ratio_cpu=seconds["hf"][0] / seconds["ours"][0],
             ratio_wall=seconds["hf"][1] / seconds["ours"][1],
         )
+    for side in sides.values():
+        side.close()
 
 
 def to_rgb(path: str, numbers: Iterable[int] | None) -> int:
@@ -199,7 +250,8 @@ def bench_clips(folder: pathlib.Path, rounds: int) -> None:
             "pyav_same": lambda file, numbers=numbers: to_rgb(file, numbers),
             "pyav_all": lambda file: to_rgb(file, None),
         }
-        seconds = alternate(sides, [path], rounds)
+        timers = {side: partial(timed, read) for side, read in sides.items()}
+        seconds = alternate(timers, [path], rounds)
         cpu = {side: spent for side, (spent, _) in seconds.items()}
         report(
             part="clips",
