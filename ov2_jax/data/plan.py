@@ -18,7 +18,7 @@ from ov2_jax.data.packing import Pack, Runs, Waiting
 
 _WAITING = 192  # samples to choose from; more take longer and do not fill better
 _STRATA = 64
-_AHEAD = 2.0  # packs whose worth of samples of each size has come when a pack is filled
+_AHEAD = 2.0  # packs' worth of samples that wait besides
 _CHUNK = 1 << 16
 _STARTS = 2  # sets of widths whose numbers of rows are searched
 
@@ -92,27 +92,25 @@ def _ranges(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 def _misfit(table: _Table, records: np.ndarray, config: PackConfig) -> int | None:
     """A record, of those, that an empty pack does not hold."""
-    largest = table.largest
+    tokens, patches, largest = (a[records] for a in (table.tokens, table.patches, table.largest))
     # A row turns a window away only if it is filled to within a window of its width, so that much
     # is sure; few records need more, and they are placed.
     sure = largest.copy()
     for count, width in config.vision_rows:
         sure += np.where(largest <= width, count * (width - largest), 0)
     widest = max((w for _, w in config.vision_rows), default=0)
-    doubtful = (table.tokens > config.seq_len) | (table.patches > sure) | (largest > widest)
-    for sample in table.rows(np.unique(records[doubtful[records]])):
+    doubtful = (tokens > config.seq_len) | (patches > sure) | (largest > widest)
+    for sample in table.rows(np.unique(records[doubtful])):
         if Pack(config).place(*sample) is None:
             return sample[0]
     return None
 
 
-def _arrival(
-    size: np.ndarray, vision: np.ndarray, eager: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The order in which samples come, and when, as a share [0, 1] of what is packed by then.
+def _arrival(size: np.ndarray, vision: np.ndarray, eager: np.ndarray) -> tuple[np.ndarray, float]:
+    """The order in which samples come, and how much of them (of `size`) should wait.
 
     Samples are cut into strata of like size, and those of each stratum come, in the given order, at
-    an even pace. The less `eager` packs are for a sample, the earlier it comes: some hundreds
+    an even pace. The less `eager` packs are for a sample, the earlier it comes: about _WAITING
     wait, and from the start on they are those that will wait later too.
     """
     n = len(size)
@@ -130,9 +128,8 @@ def _arrival(
     late = np.empty(n)
     late[np.argsort(eager, kind="stable")] = np.arange(n) / n
     waiting = min(_WAITING, n / 32)  # in a small corpus few, or many packs begin and end with them
-    when = np.maximum(when - 2 * waiting / n * (1 - late), 0)
-    order = np.argsort(when, kind="stable")
-    return order, when[order]
+    early = 2 * waiting / n * (1 - late)
+    return np.argsort(np.maximum(when - early, 0), kind="stable"), float(early.dot(size))
 
 
 def plan_packs(lengths: Lengths, order: np.ndarray, config: PackConfig) -> Packs:
@@ -166,20 +163,18 @@ def _plan(table: _Table, order: np.ndarray, config: PackConfig) -> Packs:
     dense = np.minimum(table.patches * per_patch / table.tokens, 1)
     tokens_bind = table.patches[order].sum() * per_patch < table.tokens[order].sum()
     eager = size * (1 + dense) ** 4 if tokens_bind else size
-    arrival, when = _arrival(size[order], table.patches[order] > 0, eager[order])
-    when = when.tolist()
-    # How much has been packed, as a share, rules what comes; a pack wants some choice besides.
-    total = int(size[order].sum())
-    ahead = _AHEAD * config.token_slots / total
+    arrival, reserve = _arrival(size[order], table.patches[order] > 0, eager[order])
+    reserve += _AHEAD * config.token_slots
     waiting, coming = Waiting(config), table.rows(order[arrival])
+    come = np.cumsum(size[order[arrival]]).tolist()  # how much has come with each
     members: list[int] = []
     ends: list[int] = []
-    come, packed, n = 0, 0, len(order)
+    at, packed, n = 0, 0, len(order)
     while len(members) < n:
-        limit = packed / total + ahead
-        while come < n and (when[come] <= limit or not len(waiting)):
+        # By what has come and gone, not by a clock: it never runs dry, whatever the order.
+        while at < n and come[at] <= packed + reserve:
             waiting.add(*next(coming))
-            come += 1
+            at += 1
         records = [placed[0] for placed in waiting.fill()]
         packed += int(size[records].sum())
         members += records
@@ -230,19 +225,15 @@ def propose_vision_rows(
     extremes = [np.argsort(-a, kind="stable")[:500] for a in (table.patches, table.largest)]
     hard = np.unique(np.concatenate(extremes))
 
-    def widened(counts: dict[int, int]) -> dict[int, int]:
-        """More rows, until every record fits."""
-        counts, records = dict(counts), hard
+    def widened(counts: dict[int, int], records: np.ndarray = hard) -> dict[int, int]:
+        """More rows, until every one of the records fits."""
+        counts = dict(counts)
         while True:
-            classes = tuple(sorted(counts.items()))
-            config = PackConfig(rows, seq_len, tuple((r, w) for w, r in classes))
-            misfit = _misfit(table, records, config)
-            if misfit is not None:
-                counts[min(w for w in counts if w >= table.largest[misfit])] += divide
-            elif records is every:
+            key = tuple((r, w) for w, r in sorted(counts.items()))
+            misfit = _misfit(table, records, PackConfig(rows, seq_len, key))
+            if misfit is None:
                 return counts
-            else:
-                records = every
+            counts[min(w for w in counts if w >= table.largest[misfit])] += divide
 
     costs: dict[tuple[int, tuple[tuple[int, int], ...]], float] = {}
 
@@ -259,15 +250,16 @@ def propose_vision_rows(
             costs[some, key] = cost
         return costs[some, key]
 
-    windows = np.repeat(table.run_windows, table.run_counts)
-    per_pack = rows * seq_len / table.tokens.sum()
+    windows, number = np.unique(table.run_windows, return_inverse=True)
+    patches = np.bincount(number, table.run_windows * table.run_counts)
+    patches *= rows * seq_len / table.tokens.sum()  # of each size of window, a full pack
     starts = []
     clips = table.run_windows[table.run_counts >= 4]
     many = int(clips.max(initial=0))  # the widest of which a record has many
-    for widths in _widths(windows, many, unit, classes):
+    for widths in _widths(windows, patches, many, unit, classes):
         # Rows as each class' own windows need them; but where records want more of the widest,
         # fewer of the others.
-        need = 1.08 * np.bincount(np.searchsorted(widths, windows), windows, len(widths)) * per_pack
+        need = 1.08 * np.bincount(np.searchsorted(widths, windows), patches, len(widths))
         fewest = widened({w: divide for w in widths})
         spare = max(fewest[widths[-1]] * widths[-1] - need[-1], 0)
         need[:-1] *= max(1 - spare / max(need[:-1].sum(), 1), 0)
@@ -276,7 +268,7 @@ def propose_vision_rows(
         starts.append(counts)
     starts.sort(key=lambda counts: cost(counts, samples // 4))
     found = [_downhill(counts, divide, widened, cost) for counts in starts[:_STARTS]]
-    best = min(found, key=cost)
+    best = widened(min(found, key=cost), every)
     return tuple((r, w) for w, r in sorted(best.items()))
 
 
@@ -305,14 +297,15 @@ def _downhill(
             return counts
 
 
-def _widths(windows: np.ndarray, many: int, unit: int, classes: int) -> list[tuple[int, ...]]:
+def _widths(
+    windows: np.ndarray, patches: np.ndarray, many: int, unit: int, classes: int
+) -> list[tuple[int, ...]]:
     """Sets of widths worth a try: the last holds the largest window; the others are sizes that
     windows often have or that clips have, twice those, and parts of the whole."""
-    sizes, counts = np.unique(windows, return_counts=True)
-    share = np.cumsum(sizes * counts) / windows.sum(dtype=np.int64)
-    parts = sizes[np.searchsorted(share, (0.15, 0.3, 0.5, 0.7)).clip(max=len(sizes) - 1)]
-    often = sizes[np.argsort(-(sizes * counts), kind="stable")[:2]]
+    share = np.cumsum(patches) / patches.sum()
+    parts = windows[np.searchsorted(share, (0.15, 0.3, 0.5, 0.7)).clip(max=len(windows) - 1)]
+    often = windows[np.argsort(-patches, kind="stable")[:2]]
     tries = {-(-int(w) // unit) * unit for w in (*parts, *often, *(2 * often), many, 2 * many) if w}
-    widest = -(-int(sizes[-1]) // unit) * unit
+    widest = -(-int(windows[-1]) // unit) * unit
     low = sorted(w for w in tries if w < widest)
     return [(*below, widest) for k in range(classes) for below in itertools.combinations(low, k)]
