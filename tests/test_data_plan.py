@@ -223,6 +223,15 @@ def test_proposed_rows_keep_to_units():
     plan_packs(lengths, np.arange(600), PackConfig(2, 4096, rows))
 
 
+def test_proposed_rows_hold_every_record():
+    """Also those that are neither among the largest nor among those that are tried."""
+    kinds = [((40,) * 10, 600), ((100,), 600), ((60,) * 6, 100)]
+    lengths = table([SampleSize(sum(w) // 4 + 9, w) for w, n in kinds for _ in range(n)])
+    for samples in (50, 1300):
+        rows = propose_vision_rows(lengths, 1, 256, samples=samples)
+        plan_packs(lengths, np.arange(1300), PackConfig(1, 256, rows))
+
+
 def test_text_wants_no_vision_rows():
     assert propose_vision_rows(corpus(100, pictures=False), 1, 4096) == ()
     with pytest.raises(DataError, match="but a text row 100"):

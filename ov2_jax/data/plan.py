@@ -223,7 +223,7 @@ def propose_vision_rows(
         return ()
     order = np.random.default_rng(0).permutation(every)[:samples]
     extremes = [np.argsort(-a, kind="stable")[:500] for a in (table.patches, table.largest)]
-    hard = np.unique(np.concatenate(extremes))
+    hard = np.unique(np.concatenate([*extremes, order]))
 
     def widened(counts: dict[int, int], records: np.ndarray = hard) -> dict[int, int]:
         """More rows, until every one of the records fits."""
