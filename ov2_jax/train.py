@@ -28,7 +28,7 @@ from ov2_jax.data.batch import Batch
 from ov2_jax.data.errors import DataError
 from ov2_jax.data.loader import StepInfo, make_loader
 from ov2_jax.data.tokenizer import load_tokenizer
-from ov2_jax.exit_codes import INTERRUPTED
+from ov2_jax.exit_codes import BROKEN, INTERRUPTED
 from ov2_jax.model.config import ConfigError
 from ov2_jax.sharding import batch_sharding, data_shards, make_mesh
 from ov2_jax.training.checkpoint import RunCheckpoints, latest_step
@@ -265,7 +265,7 @@ def _train(experiment: Experiment, stack: contextlib.ExitStack) -> int:
             step += 1
             reporter.add(step, metrics, info, work, waited)
             health.beat(step)
-            last = step == experiment.steps or stop.asked(step)
+            last = step == experiment.steps or stop.asked()
             if last or step % experiment.checkpoint.every == 0:
                 reporter.flush()
                 checkpoints.save(step, state, loader, config)
@@ -289,12 +289,12 @@ def parse_flags(argv: list[str]) -> list[str]:
         ) from e
 
 
-def _end_if_distributed(error: str) -> None:
+def _end_if_distributed(error: str, status: int) -> None:
     """One of several processes ends at once: at an ordinary exit JAX would wait for the others,
     which wait for it in a collective, until all is lost to a timeout of minutes."""
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         print(error, file=sys.stderr, flush=True)
-        os._exit(1)
+        os._exit(status)
 
 
 def main(argv: list[str]) -> None:
@@ -308,10 +308,10 @@ def main(argv: list[str]) -> None:
         use_compilation_cache(experiment.workdir)
         done = train(experiment) == experiment.steps
     except (ConfigError, DataError, CheckpointError, TrainingError) as e:
-        _end_if_distributed(f"{type(e).__name__}: {e}")
+        _end_if_distributed(f"{type(e).__name__}: {e}", 1)
         raise SystemExit(f"{type(e).__name__}: {e}") from e
     except Exception:
-        _end_if_distributed(traceback.format_exc())
+        _end_if_distributed(traceback.format_exc(), BROKEN)
         raise
     if not done:
         raise SystemExit(INTERRUPTED)

@@ -50,7 +50,7 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked, self._calls = False, 0
         self._alone = jax.process_count() == 1
 
     def __enter__(self) -> Self:
@@ -65,8 +65,11 @@ class StopSignal:
     def _ask(self, *_: object) -> None:
         self._asked = True
 
-    def asked(self, step: int) -> bool:
+    def asked(self) -> bool:
         """To be called at every step by every process."""
         if self._alone:
             return self._asked
-        return multihost_utils.reached_preemption_sync_point(step)
+        # Counted from this start on: asked for before the first call, JAX agrees on the number 1,
+        # and a run that resumes at step 5 would never come by it.
+        self._calls += 1
+        return multihost_utils.reached_preemption_sync_point(self._calls)

@@ -1,0 +1,67 @@
+"""A run on TPU VMs: python -m launch.tpu_vm --job=launch/jobs/instruct_8b_v5p.py [--dry-run]
+
+Asks for a queued resource, waits for it, and runs the container on every host; a slice that was
+preempted is asked for again. The script runs on your machine for as long as the job does.
+"""
+
+import shlex
+import sys
+
+from launch.accelerators import LaunchError, Tpu
+from launch.job import Job
+from launch.render import launch, render
+from ov2_jax.exit_codes import INTERRUPTED
+
+
+def script(job: Job) -> str:
+    """The script; raises LaunchError for what TPU VMs cannot run."""
+    kind = job.kind
+    if not isinstance(kind, Tpu):
+        raise LaunchError(
+            f"accelerator is {job.accelerator!r}, which no TPU VM has; use launch.slurm or "
+            "launch.gke."
+        )
+    if job.tpu_vm is None:
+        raise LaunchError("tpu_vm is not set; it says the zone and project to ask.")
+    if job.slices != 1:
+        raise LaunchError(
+            f"slices is {job.slices}; TPU VMs run one here, use launch.gke for several."
+        )
+    image = job.require_image("a TPU VM")
+    docker = ["sudo", "docker", "run", "--detach", "--name=train", "--privileged", "--net=host"]
+    docker += [f"--stop-timeout={job.grace_seconds}", "--shm-size=16g"]
+    docker += [f"--env={name}={value}" for name, value in job.variables().items()]
+    prepare = ["sudo docker rm --force train >/dev/null 2>&1 || true"]
+    for mount in job.mounts:
+        if mount.source.startswith("pvc:"):
+            raise LaunchError(
+                f"mounts has {mount.source!r}, which only GKE knows; use gs://BUCKET."
+            )
+        source = mount.source
+        if mount.bucket:
+            bucket, prefix = mount.bucket
+            source = f"/mnt/{bucket}"
+            fuse = ["sudo", "gcsfuse", "--implicit-dirs", "-o", "allow_other"]
+            fuse += [f"--only-dir={prefix}"] if prefix else []
+            prepare.append(
+                f"mountpoint -q {source} || {{ sudo mkdir -p {source} && "
+                f"{shlex.join([*fuse, bucket, source])}; }}"
+            )
+        docker.append(f"--volume={source}:{mount.at}{':ro' if mount.read_only else ''}")
+    registry = image.split("/")[0]
+    prepare.append(f"sudo gcloud auth configure-docker --quiet {shlex.quote(registry)}")
+    remote = " && ".join([*prepare, shlex.join([*docker, image, *job.command()])])
+    vm = job.tpu_vm
+    return render(
+        "tpu_vm.sh.jinja",
+        job=job,
+        kind=kind,
+        place=[f"--zone={vm.zone}", f"--project={vm.project}"],
+        tier=["--spot"] if vm.spot else ["--reserved"] if vm.reserved else [],
+        start=remote,
+        interrupted=INTERRUPTED,
+    )
+
+
+if __name__ == "__main__":
+    launch(script, ["bash", "-c"], sys.argv[1:], as_argument=True)
