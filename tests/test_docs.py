@@ -33,9 +33,12 @@ def test_modules_and_flags_exist(page):
             spec = importlib.util.find_spec(module)
             assert spec is not None, module
             source = Path(spec.origin).read_text()
-            for flag in re.findall(r"--([\w-]+)", rest):
-                # conversion shares --max-shard-size between its programs.
-                shared = (ROOT / "conversion/cli.py").read_text()
+            # What follows a lone -- is for another program.
+            for flag in re.findall(r"--([\w-]+)", rest.split(" -- ")[0]):
+                # conversion shares --max-shard-size between its programs, launch --job.
+                shared = "".join(
+                    (ROOT / path).read_text() for path in ("conversion/cli.py", "launch/render.py")
+                )
                 assert f'"{flag}"' in source or f'"--{flag}"' in source + shared, (module, flag)
 
 

@@ -114,28 +114,23 @@ class TestInterrupted:
 
 
 def test_two_processes_make_one_run(tmp_path, data):
-    """Four devices each, as Slurm would start them; one mesh, one checkpoint, and a resume."""
-
-    def both(steps: int) -> list[str]:
-        slurm = {
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-            "SLURM_JOB_ID": str(os.getpid()),  # the coordinator's port is made of it
-            "SLURM_STEP_NODELIST": "localhost",
-            "SLURM_NTASKS": "2",
-        }
-        changes = {"distributed": True, "steps": steps, "checkpoint.every": 2}
-        processes = [
-            start(tmp_path / "run", data, changes, {**slurm, "SLURM_PROCID": n, "SLURM_LOCALID": n})
-            for n in ("0", "1")
-        ]
-        errors = [process.communicate(timeout=180)[1] for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], errors
-        return errors
-
-    assert "Starting at step 0 on mesh {'data': 1, 'fsdp': 8}" in both(4)[0]
-    assert "Resuming at step 4" in both(5)[0]
+    """Four devices each, as Slurm would start them; tests/test_launch_local.py resumes some."""
+    slurm = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "SLURM_JOB_ID": str(os.getpid()),  # the coordinator's port is made of it
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+    }
+    changes = {"distributed": True, "steps": 4, "checkpoint.every": 2}
+    processes = [
+        start(tmp_path / "run", data, changes, {**slurm, "SLURM_PROCID": n, "SLURM_LOCALID": n})
+        for n in ("0", "1")
+    ]
+    errors = [process.communicate(timeout=180)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert "Starting at step 0 on mesh {'data': 1, 'fsdp': 8}" in errors[0]
     got = losses(tmp_path / "run")
-    assert list(got) == [1, 2, 3, 4, 5] and all(np.isfinite(list(got.values())))
+    assert list(got) == [1, 2, 3, 4] and all(np.isfinite(list(got.values())))
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert line["tokens"] > 1.5 * line["utilisation/tokens"] * 4 * 128  # counted over both
 
