@@ -17,12 +17,15 @@ import av
 import numpy as np
 
 CELL = 16
-_STEP = 4  # pixels between samples
+# Pixels between samples, and from how many pixels a picture on they are twice as far apart. A
+# canvas is some 150 000 pixels, so what it shows of a large picture is coarser than that anyway.
+_STEP = 4
+_LARGE = 500_000
 _FINE = 8  # pixels: exported vectors never cover smaller blocks
 _DEAD_ZONE = 2  # levels of grey that quantisation swallows
 # A macroblock whose motion differs from its neighbours' pays for the vectors too: about as much as
-# 5 levels over its 16 samples, for each of its four quarters that differ.
-_MOTION_COST = 5.0
+# 0.3 levels over its samples, for each of its four quarters that differ.
+_MOTION_COST = 5 / 16
 # Displacements in quarters of a pixel are packed as dy * 65536 + dx; codecs allow far less than
 # half of either's range.
 _HALF, _NO_VECTOR = 1 << 15, -(1 << 31)
@@ -102,8 +105,8 @@ class _Grid:
     """Where the samples of a picture of H x W lie.
 
     Pictures are uint8, flat, continued by their last pixels to whole cells (as encoders do) and by
-    a margin on every side. Samples are [2 2 2r 2c]: row and column inside a block of 8 pixels
-    first, so that what holds for a block broadcasts over its samples.
+    a margin on every side. Samples are [s s 2r 2c], s 2 or in large pictures 1: row and column
+    inside a block of 8 pixels first, so that what holds for a block broadcasts over its samples.
     """
 
     def __init__(self, height: int, width: int) -> None:
@@ -113,7 +116,9 @@ class _Grid:
         self._pitch = self._size[1]
         self._top = _MARGIN + np.arange(0, self.rows * CELL, _FINE)[:, None]
         self._left = _MARGIN + np.arange(0, self.columns * CELL, _FINE)
-        inside = np.arange(0, _FINE, _STEP)
+        step = _STEP if height * width < _LARGE else 2 * _STEP
+        self._motion_cost = _MOTION_COST * (CELL // step) ** 2
+        inside = np.arange(step - _STEP, _FINE, step)
         self._inside = (inside[:, None] * self._pitch + inside)[:, :, None, None]
         self._here = self._inside + self._top * self._pitch + self._left
 
@@ -161,7 +166,7 @@ class _Grid:
         backward = vectors["source"] < 0
         back = self._field(vectors[backward])
         ahead = self._field(vectors[~backward])
-        total = _MOTION_COST * (_unsteady(back) + _unsteady(ahead))
+        total = self._motion_cost * (_unsteady(back) + _unsteady(ahead))
         by_back = (back != _NO_VECTOR) & bool(past)
         by_ahead = (ahead != _NO_VECTOR) & (future is not None)
         # Blocks without a vector are their own prediction: nothing is left over of them.
@@ -201,7 +206,7 @@ class _Grid:
         return field.reshape(rows, columns)
 
     def _compensated(self, source: np.ndarray, packed: np.ndarray) -> np.ndarray:
-        """int16 [2 2 2r 2c]: the samples that vectors point to, interpolated linearly."""
+        """int16 [s s 2r 2c]: the samples that vectors point to, interpolated linearly."""
         dy = (packed + _HALF) >> 16
         dx = packed - (dy << 16)
         top = np.clip(self._top + (dy >> 2), 0, self._size[0] - _FINE - 1)
@@ -228,7 +233,7 @@ def _take(picture: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 
 def _sum(samples: np.ndarray) -> np.ndarray:
-    """float32 [r c]: sums of samples [2 2 2r 2c] over cells."""
+    """float32 [r c]: sums of samples [s s 2r 2c] over cells."""
     return _cells(samples.sum((0, 1), dtype=np.int32))
 
 
