@@ -75,14 +75,14 @@ def plot(results: list[dict], png: Path) -> None:
                 budgets, [p.low for p in line], [p.high for p in line], alpha=0.2, lw=0, **style
             )
             panel.plot(budgets, [p.mean for p in line], marker="o", lw=2, clip_on=False, **style)
-            middle = (len(budgets) - 1) // 2
             high = video == "codec"
+            at = (len(budgets) - 1) // 2 if high else 0
             panel.annotate(
                 "codec-style" if high else "uniform frames",
-                (budgets[middle], line[middle].mean),
-                xytext=(0, -16 if high else 14),
+                (budgets[at], line[at].mean),
+                xytext=(0, -18) if high else (-4, 36),
                 textcoords="offset points",
-                ha="center" if high else "right",
+                ha="center" if high else "left",
                 weight="bold",
                 **style,
             )
