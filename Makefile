@@ -21,15 +21,27 @@ help:
 quickstart: .venv/installed
 	$(BIN)/python -m ov2_jax.quickstart
 
-test: .venv/installed-test
+test: .venv/installed-test .venv-beam/installed
 	$(BIN)/python -m pytest -m "not long" -n 2 --dist=loadfile
+	$(BEAM)
 
-test-all: .venv/installed-test
+test-all: .venv/installed-test .venv-beam/installed
 	$(BIN)/python -m pytest -n 2 --dist=loadfile
+	$(BEAM)
 
 lint: .venv/installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+# Apache Beam pins packages that training wants newer, so its test has an environment of its own.
+BEAM := .venv-beam/bin/python -m pytest tests/test_data_prepare.py -k beam
+
+.venv-beam/installed: pyproject.toml .venv/installed
+	@echo "Installing Apache Beam into .venv-beam ..."
+	@$(PYTHON) -m venv .venv-beam
+	@.venv-beam/bin/python -m pip --disable-pip-version-check --quiet install --editable \
+	  '.[prepare]' psutil pytest
+	@touch $@
 
 # Stamps: a second call installs nothing, a changed pyproject.toml or a broken-off install does.
 .venv/installed: pyproject.toml

@@ -109,7 +109,7 @@ def test_bytes_do_not_depend_on_workers(data, folder):
 
 
 def test_bytes_are_the_same_by_beam(data, folder):
-    pytest.importorskip("apache_beam", reason="the extra `prepare` is not installed")
+    pytest.importorskip("apache_beam", reason="`make test` tests it in .venv-beam")
     out = data.parent / "beam"
     job = job_of(data, out, packs_per_file=3)
     run = beam_runner("--runner=DirectRunner")

@@ -252,7 +252,7 @@ class _FarFiles(MemoryFileSystem):
         return super()._strip_protocol(path.removeprefix("far:/"))
 
     def _open(self, path: str, mode: str = "rb", **kwargs):
-        time.sleep(0.25 if mode == "rb" else 0)
+        time.sleep(0.8 if mode == "rb" else 0)  # longer than a step's share
         return super()._open(path, mode, **kwargs)
 
 
