@@ -117,14 +117,8 @@ def _define_flags() -> None:
 
 
 def _experiment() -> Experiment:
-    config = flags.FLAGS.config
-    try:
-        with config.unlocked():  # no run is started, so none of its folders is needed
-            config.workdir = config.get("workdir") or "unused"
-    except OSError as e:  # a file that could not be loaded says so when it is first used
-        reason = str(e.__cause__ or e).splitlines()[-1].strip()
-        raise ConfigError(f"The file that --config names cannot be loaded: {reason}.") from e
-    return with_checkpoint_model(experiment_from(config), resuming=False)[0]
+    experiment = experiment_from(flags.FLAGS.config, needs_workdir=False)
+    return with_checkpoint_model(experiment, resuming=False)[0]
 
 
 def main(argv: list[str]) -> None:

@@ -18,7 +18,7 @@ from ov2_jax.data.config import DataConfig, PackConfig, leaves
 from ov2_jax.data.encode import SampleEncoder
 from ov2_jax.data.errors import Rejected
 from ov2_jax.data.fingerprint import encoding_inputs
-from ov2_jax.data.loader import _open_plan, _packed
+from ov2_jax.data.loader import open_plan
 from ov2_jax.data.mixture import Mixture
 from ov2_jax.data.packing import (
     PackInfo,
@@ -28,7 +28,7 @@ from ov2_jax.data.packing import (
     build_pack,
     place_pack,
 )
-from ov2_jax.data.planned import PackEncoder, PackOrder
+from ov2_jax.data.planned import PackOrder
 from ov2_jax.data.prepared import Plan
 from ov2_jax.data.reading import read_in_order
 from ov2_jax.data.sample import EncodedSample
@@ -223,8 +223,8 @@ def open_road(
     if data.plan is None:
         mixture = Mixture(data.sources, seed=seed, shuffle=data.shuffle)
         return LookaheadRoad(mixture, encoder, data.lookahead, pack, model, count, progress)
-    plan, records = _open_plan(data, encoding_inputs(data, model, pack, tokenizer, seed))
-    read = PackEncoder(plan, records, encoder) if records else _packed(plan)
+    inputs = encoding_inputs(data, model, pack, tokenizer, seed)
+    plan, read = open_plan(data, inputs, encoder)
     order = PackOrder(plan.info.epochs, seed=seed, shuffle=data.shuffle)
     names = tuple(source.title for source in leaves(data.sources))
     return PlannedRoad(plan, read, order, names, pack, model, count, progress)

@@ -69,8 +69,7 @@ def make_loader(
     log = RejectLog(rejects_path)
     if data.plan is not None:
         inputs = encoding_inputs(data, model, pack, tokenizer, seed)
-        plan, records = _open_plan(data, inputs)
-        read = PackEncoder(plan, records, encoder) if records else _packed(plan)
+        plan, read = open_plan(data, inputs, encoder)
         names = [source.title for source in leaves(data.sources)]
         samples = plan.info.samples // len(plan.info.epochs)
         identity: dict[str, Any] = {
@@ -112,12 +111,10 @@ def make_loader(
     )
 
 
-def _packed(plan: Plan) -> PackedShards:
-    return PackedShards(plan.packed_files(), plan.packs)
-
-
-def _open_plan(data: DataConfig, inputs: dict[str, Any]) -> tuple[Plan, RecordSource | None]:
-    """The plan of data.plan, and the records that it is of unless packed shards hold them.
+def open_plan(
+    data: DataConfig, inputs: dict[str, Any], encoder: SampleEncoder
+) -> tuple[Plan, PackEncoder | PackedShards]:
+    """The plan of data.plan, and what reads its packs' samples: `inputs` are `encoding_inputs`.
 
     Raises DataError, naming the first thing in which this run differs from the plan.
     """
@@ -136,4 +133,6 @@ def _open_plan(data: DataConfig, inputs: dict[str, Any]) -> tuple[Plan, RecordSo
             f"data.plan {data.plan} was made with {found}; change it back, or run "
             "ov2_jax.data.prepare with this config and another --out."
         )
-    return plan, records
+    if records is None:
+        return plan, PackedShards(plan.packed_files(), plan.packs)
+    return plan, PackEncoder(plan, records, encoder)

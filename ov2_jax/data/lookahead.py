@@ -20,7 +20,7 @@ from ov2_jax.data.errors import Rejected
 from ov2_jax.data.packing import SampleSize, build_pack, place_pack
 from ov2_jax.data.reading import read_in_order
 from ov2_jax.data.sample import EncodedSample
-from ov2_jax.data.steps import Progress, Read, StepInfo, check_identity
+from ov2_jax.data.steps import Progress, Read, ResumableSteps, StepInfo
 from ov2_jax.model.config import ModelConfig
 
 # Encoded samples are large (a clip of 64 frames at 392 px is 30 MB), so few of them wait.
@@ -41,7 +41,7 @@ def _waiting(ordinal: int, sample: EncodedSample) -> _Waiting:
     return _Waiting(ordinal, sample, size)
 
 
-class LookaheadIterator(grain.DatasetIterator):
+class LookaheadIterator(ResumableSteps):
     """Keeps the look-ahead buffer full, packs from it, and counts.
 
     `samples` are this process's encoded samples, endless; a step has so many `packs`.
@@ -57,11 +57,9 @@ class LookaheadIterator(grain.DatasetIterator):
         progress: Progress,
         identity: Mapping[str, Any],
     ) -> None:
-        super().__init__()
+        super().__init__(progress, identity)
         self._samples, self._data, self._pack, self._model = samples, data, pack, model
-        self._packs, self._progress, self._identity = packs, progress, identity
-        self._upstream: grain.DatasetIterator | None = None
-        self._next = 0
+        self._packs = packs
         self._buffer: list[_Waiting] = []
 
     def __next__(self) -> tuple[Batch, StepInfo]:
@@ -93,18 +91,10 @@ class LookaheadIterator(grain.DatasetIterator):
                 self._buffer.append(_waiting(ordinal, sample))
 
     def get_state(self) -> dict[str, Any]:
-        return {
-            "identity": dict(self._identity),
-            "next": self._next,
-            "buffer": [w.ordinal for w in self._buffer],
-            **self._progress.get_state(),
-        }
+        return super().get_state() | {"buffer": [w.ordinal for w in self._buffer]}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        check_identity(self._identity, state)
-        self._close_upstream()
-        self._next = state["next"]
-        self._progress.set_state(state)
+        super().set_state(state)
         with ThreadPoolExecutor(_THREADS) as pool:
             waiting = list(pool.map(self._samples.__getitem__, state["buffer"]))
         self._buffer = []
@@ -113,12 +103,3 @@ class LookaheadIterator(grain.DatasetIterator):
                 self._progress.reject(sample)
             else:
                 self._buffer.append(_waiting(ordinal, sample))
-
-    def _close_upstream(self) -> None:
-        if self._upstream is not None:
-            self._upstream.close()
-            self._upstream = None
-
-    def close(self) -> None:
-        self._close_upstream()
-        super().close()

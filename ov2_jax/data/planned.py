@@ -24,7 +24,7 @@ from ov2_jax.data.prepared import Plan
 from ov2_jax.data.reading import read_in_order
 from ov2_jax.data.records import RecordSource
 from ov2_jax.data.sample import EncodedSample
-from ov2_jax.data.steps import Progress, Read, StepInfo, check_identity
+from ov2_jax.data.steps import Progress, Read, ResumableSteps, StepInfo
 from ov2_jax.model.config import ModelConfig
 
 # A pack of 32768 tokens has some 100 MB of patches.
@@ -132,7 +132,7 @@ class PackMaker:
         return MadePack(batch, info, reads)
 
 
-class PlannedIterator(grain.DatasetIterator):
+class PlannedIterator(ResumableSteps):
     """Steps of `packs` packs by a plan; this process's share of them, and counts."""
 
     def __init__(
@@ -147,12 +147,9 @@ class PlannedIterator(grain.DatasetIterator):
         progress: Progress,
         identity: Mapping[str, Any],
     ) -> None:
-        super().__init__()
+        super().__init__(progress, identity)
         self._order, self._maker, self._data, self._pack = order, maker, data, pack
         self._packs, self._index, self._count = packs, process_index, process_count
-        self._progress, self._identity = progress, identity
-        self._upstream: grain.DatasetIterator | None = None
-        self._next = 0
 
     def __next__(self) -> tuple[Batch, StepInfo]:
         if self._upstream is None:
@@ -167,25 +164,3 @@ class PlannedIterator(grain.DatasetIterator):
                 if isinstance(sample, Read):
                     self._progress.packed(sample)
         return self._progress.step([m.batch for m in made], [m.info for m in made], self._pack)
-
-    def get_state(self) -> dict[str, Any]:
-        return {
-            "identity": dict(self._identity),
-            "next": self._next,
-            **self._progress.get_state(),
-        }
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        check_identity(self._identity, state)
-        self._close_upstream()
-        self._next = state["next"]
-        self._progress.set_state(state)
-
-    def _close_upstream(self) -> None:
-        if self._upstream is not None:
-            self._upstream.close()
-            self._upstream = None
-
-    def close(self) -> None:
-        self._close_upstream()
-        super().close()

@@ -317,10 +317,8 @@ def main(argv: list[str]) -> None:
     console = Console(stderr=True)
     try:
         runner = _runner()
-        config = _given("config")
-        with config.unlocked():  # no run is started, so none of its folders is needed
-            config.workdir = config.get("workdir") or "unused"
-        experiment, _ = with_checkpoint_model(experiment_from(config), resuming=False)
+        experiment = experiment_from(_given("config"), needs_workdir=False)
+        experiment, _ = with_checkpoint_model(experiment, resuming=False)
         job = Job(
             data=experiment.data,
             pack=experiment.pack,

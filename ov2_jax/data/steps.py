@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import grain
 import numpy as np
 
 from ov2_jax.data.batch import Batch, VisionRows
@@ -183,3 +184,36 @@ def share_state(states: Sequence[Mapping[str, Any]], index: int, count: int) -> 
     nothing = {"counts": {}, "reasons": {}, "given": {name: [0, 0] for name in added["given"]}}
     counts = nothing if index else added
     return {**states[0], **counts, "rejected_in_a_row": 0}
+
+
+class ResumableSteps(grain.DatasetIterator):
+    """Steps from an upstream iterator that is opened at `_next`, with counts: what both ways of
+    packing keep, save and close."""
+
+    def __init__(self, progress: Progress, identity: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._progress, self._identity = progress, identity
+        self._upstream: grain.DatasetIterator | None = None
+        self._next = 0
+
+    def get_state(self) -> dict[str, Any]:
+        return {
+            "identity": dict(self._identity),
+            "next": self._next,
+            **self._progress.get_state(),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        check_identity(self._identity, state)
+        self._close_upstream()
+        self._next = state["next"]
+        self._progress.set_state(state)
+
+    def _close_upstream(self) -> None:
+        if self._upstream is not None:
+            self._upstream.close()
+            self._upstream = None
+
+    def close(self) -> None:
+        self._close_upstream()
+        super().close()

@@ -185,9 +185,19 @@ def _is_required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def experiment_from(config: ConfigDict) -> Experiment:
-    """Checks an ml_collections config and builds the experiment; raises ConfigError."""
-    return _build(Experiment, config.to_dict(), "")
+def experiment_from(config: ConfigDict, *, needs_workdir: bool = True) -> Experiment:
+    """Checks an ml_collections config and builds the experiment; raises ConfigError.
+
+    Programs that start no run need no `workdir`.
+    """
+    try:
+        values = config.to_dict()
+    except OSError as e:  # a --config file that could not be loaded says so when it is first used
+        reason = str(e.__cause__ or e).splitlines()[-1].strip()
+        raise ConfigError(f"The file that --config names cannot be loaded: {reason}.") from e
+    if not needs_workdir:
+        values["workdir"] = values.get("workdir") or "unused"
+    return _build(Experiment, values, "")
 
 
 def experiment_to_dict(experiment: Experiment) -> dict[str, Any]:
