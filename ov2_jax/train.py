@@ -37,16 +37,16 @@ from ov2_jax.training.distributed import StopSignal, join
 from ov2_jax.training.flops import Work, batch_work, train_flops
 from ov2_jax.training.health import Health
 from ov2_jax.training.metrics import MetricWriter, json_line
+from ov2_jax.training.program import jit_train_step
 from ov2_jax.training.start import (
     abstract_train_state,
     first_state,
-    model_graph,
     tokenizer_folder,
     use_compilation_cache,
     with_checkpoint_model,
     write_hf_folder,
 )
-from ov2_jax.training.step import Metrics, make_train_step
+from ov2_jax.training.step import Metrics
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.")
 
@@ -228,16 +228,7 @@ def _train(experiment: Experiment, stack: contextlib.ExitStack) -> int:
     if first_process:
         (workdir / "config.json").write_text(json.dumps(config, indent=2))
 
-    train_step = jax.jit(
-        make_train_step(
-            model_graph(experiment),
-            experiment.optimizer,
-            steps=experiment.steps,
-            reduction=experiment.loss_reduction,
-        ),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
-    )
+    train_step = jit_train_step(experiment, state)
     writer = stack.enter_context(
         MetricWriter(
             workdir,

@@ -1,0 +1,52 @@
+"""The train step as one compiled program: what a run executes and what a planner compiles."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ov2_jax.data.batch import Batch, VisionRows
+from ov2_jax.sharding import batch_sharding
+from ov2_jax.training.config import Experiment
+from ov2_jax.training.start import abstract_train_state, model_graph
+from ov2_jax.training.step import TrainState, make_train_step
+
+
+def abstract_batch(experiment: Experiment, mesh: Mesh) -> Batch:
+    """Shapes and shardings of a step's batch, [A G ...]."""
+    sharding = batch_sharding(mesh, leading=1)
+    leading = experiment.grad_accum, experiment.packs_per_step // experiment.grad_accum
+    pack, patch_dim = experiment.pack, experiment.model.vision.patch_dim
+
+    def array(*shape: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*leading, *shape), dtype, sharding=sharding)
+
+    tokens = array(pack.rows, pack.seq_len)
+    vision = tuple(
+        VisionRows(array(r, w, patch_dim, dtype=np.uint8), array(r, w, 3), array(r, w))
+        for r, w in pack.vision_rows
+    )
+    return Batch(tokens, tokens, tokens, tokens, tokens, vision)
+
+
+def jit_train_step(experiment: Experiment, state: TrainState) -> Any:
+    """The jitted step (state, batch) -> (state, metrics), which takes over the state's memory.
+
+    `state` gives the shardings: real arrays or the abstract ones of `abstract_train_state`.
+    """
+    step = make_train_step(
+        model_graph(experiment),
+        experiment.optimizer,
+        steps=experiment.steps,
+        reduction=experiment.loss_reduction,
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def lower_train_step(experiment: Experiment, mesh: Mesh) -> jax.stages.Lowered:
+    """The step lowered for a mesh of real or of described devices, without any array."""
+    state = abstract_train_state(experiment, mesh)
+    with jax.set_mesh(mesh):
+        return jit_train_step(experiment, state).lower(state, abstract_batch(experiment, mesh))
