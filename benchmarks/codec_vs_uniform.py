@@ -243,7 +243,7 @@ def run_case(out: Path, settings: Settings, video: str, budget: int, seeds, toke
     )
     train_step = jax.jit(
         make_train_step(
-            model_graph(experiment),
+            model_graph(experiment, jax.default_backend()),
             experiment.optimizer,
             steps=experiment.steps,
             reduction=experiment.loss_reduction,

@@ -1,4 +1,13 @@
-"""Where things lie: the mesh, one table of rules for parameters, one for activations."""
+"""What lies where: the mesh, and one table of rules for parameters and one for the batch.
+
+    data      replicas; the only axis that may cross slices or slow networks
+    fsdp      packs; parameters are cut over it and gathered layer by layer
+    expert    packs; experts lie apart on it, everything else as on fsdp
+    context   a pack's tokens and vision rows; parameters as on fsdp
+    tensor    a pack's tokens and vision rows; heads, MLPs and the vocabulary of the decoder
+
+parallel.py has what devices exchange.
+"""
 
 import dataclasses
 import math
@@ -7,33 +16,56 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ov2_jax.model.config import ConfigError
+from ov2_jax.data.batch import Batch, VisionRows
+from ov2_jax.data.config import PackConfig
+from ov2_jax.model.config import ConfigError, ModelConfig
 
-# Packs of the batch, and so the rows of every activation, are spread over these axes.
-BATCH_AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+PACK_AXES = ("data", "fsdp", "expert")  # cut the packs of a batch
+ROW_AXES = ("context", "tensor")  # cut what a pack holds: tokens of a text row, vision rows
 
 # What the axes of a parameter mean, by the end of its path; the leading layer axis of a stack is
-# left out. "embed" is the width of the residual stream: every matrix has it once.
-_PARAMETER_AXES = (
+# left out. Vectors are not listed: they are whole everywhere.
+_PARAMETERS = (
     ("embed_tokens.embedding", ("vocab", "embed")),
     ("lm_head.kernel", ("embed", "vocab")),
-    ("patch_embedding.kernel", (None, "embed")),
-    ("experts.gate_proj.kernel", ("expert", "embed", None)),
-    ("experts.up_proj.kernel", ("expert", "embed", None)),
-    ("experts.down_proj.kernel", ("expert", "mlp", "embed")),
-    ("attn.proj.kernel", ("heads", "embed")),
-    ("attn.o_proj.kernel", ("heads", "embed")),
-    ("mlp.fc2.kernel", ("mlp", "embed")),
+    ("q_proj.kernel", ("embed", "heads")),
+    ("k_proj.kernel", ("embed", "heads")),
+    ("v_proj.kernel", ("embed", "heads")),
+    ("o_proj.kernel", ("heads", "embed")),
+    ("experts.gate_proj.kernel", ("expert", "expert_embed", "mlp")),
+    ("experts.up_proj.kernel", ("expert", "expert_embed", "mlp")),
+    ("experts.down_proj.kernel", ("expert", "mlp", "expert_embed")),
+    ("mlp.gate_proj.kernel", ("embed", "mlp")),
+    ("mlp.up_proj.kernel", ("embed", "mlp")),
     ("mlp.down_proj.kernel", ("mlp", "embed")),
-    ("merger.fc2.kernel", ("mlp", "embed")),
-    ("kernel", ("embed", None)),  # qkv, q/k/v, fc1, gate, up
+    ("mlp.gate.kernel", ("router", None)),
+    ("patch_embedding.kernel", (None, "width")),
+    ("attn.qkv.kernel", ("width", None)),
+    ("attn.proj.kernel", (None, "width")),
+    ("fc1.kernel", ("width", None)),
+    ("fc2.kernel", (None, "width")),
 )
 
-# Axis meaning -> mesh axis. FSDP cuts every matrix along its embed axis.
-_MESH_AXIS = {"embed": "fsdp", "vocab": None, "heads": None, "mlp": None, "expert": None}
+# Axis meaning -> mesh axes that are gathered where the parameter is used. "width" and "router" are
+# the widths of matrices which tensor parallelism leaves whole: encoder and merger, and the router,
+# which alone is never cast to a smaller type.
+GATHERED = {
+    "embed": ("fsdp", "expert", "context"),
+    "expert_embed": ("fsdp", "context"),
+    "width": ("fsdp", "expert", "context", "tensor"),
+    "router": ("fsdp", "expert", "context", "tensor"),
+}
+_MESH_AXES = GATHERED | {
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "expert": ("expert",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +74,9 @@ class MeshConfig:
 
     data: int = 1
     fsdp: int = -1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
 
     def sizes(self, devices: int) -> dict[str, int]:
         """Axis sizes for that many devices; raises ConfigError where they do not multiply up."""
@@ -55,7 +90,7 @@ class MeshConfig:
         if math.prod(sizes.values()) != devices:
             raise ConfigError(
                 f"mesh {dataclasses.asdict(self)} does not use the {devices} devices there are; "
-                "set mesh.data * mesh.fsdp to their number, or one of the two to -1."
+                "make the product of its axes their number, or set one of them to -1."
             )
         return sizes
 
@@ -63,30 +98,83 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh over all devices of all processes (or the given ones)."""
     sizes = config.sizes(len(devices or jax.devices()))
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(AxisType.Auto,) * len(sizes),
-        devices=devices,
+    # Splitting allowed: an axis need not be a product of whole sides of a TPU's torus.
+    grid = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True
     )
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
-    """Sharding of the parameter at a dotted path.
+def data_shards(mesh: Mesh | AbstractMesh | Mapping[str, int]) -> int:
+    """How many packs the mesh holds side by side."""
+    return _size(mesh, PACK_AXES)
 
-    Vectors are replicated, and so is a matrix whose axis the mesh axis does not divide (that is
-    never so for the released sizes on meshes of powers of two).
-    """
-    axes = next((axes for end, axes in _PARAMETER_AXES if path.endswith(end)), None)
-    if axes is None:
-        return P()
-    names = [_MESH_AXIS.get(axis) for axis in axes]
-    names = [None] * (len(shape) - len(axes)) + names
-    names = [
-        name if name and size % mesh.shape[name] == 0 else None
-        for name, size in zip(names, shape, strict=True)
+
+def _size(mesh: Mesh | AbstractMesh | Mapping[str, int], axes: tuple[str, ...]) -> int:
+    shape = mesh if isinstance(mesh, Mapping) else mesh.shape
+    return math.prod(shape[axis] for axis in axes)
+
+
+def check_mesh(sizes: Mapping[str, int], model: ModelConfig, pack: PackConfig) -> None:
+    """Raises ConfigError where an axis does not divide what is cut over it."""
+    text, vision = model.text, model.vision
+    cut: list[tuple[tuple[str, ...], str, int]] = [
+        (GATHERED["embed"], "model.text.hidden_size", text.hidden_size),
+        (GATHERED["width"], "model.vision.hidden_size", vision.hidden_size),
+        (GATHERED["width"], "model.text.hidden_size", text.hidden_size),
+        (("tensor",), "model.text.num_key_value_heads", text.num_key_value_heads),
+        (("tensor",), "model.text.vocab_size", text.vocab_size),
     ]
-    return P(*names)
+    if text.num_experts:
+        cut += [
+            (("expert",), "model.text.num_experts", text.num_experts),
+            (("tensor",), "model.text.moe_intermediate_size", text.moe_intermediate_size),
+        ]
+    else:
+        cut += [(("tensor",), "model.text.intermediate_size", text.intermediate_size)]
+        if sizes["expert"] > 1:
+            raise ConfigError(
+                f"mesh.expert is {sizes['expert']}, but a dense decoder has no experts; use fsdp."
+            )
+    cut += [
+        (ROW_AXES, f"the number of rows of pack.vision_rows[{i}]", rows)
+        for i, (rows, _) in enumerate(pack.vision_rows)
+    ]
+    for axes, name, size in cut:
+        if size % _size(sizes, axes):
+            what = " x ".join(f"mesh.{axis}" for axis in axes if sizes[axis] > 1)
+            raise ConfigError(
+                f"{what} is {_size(sizes, axes)}, which does not divide {name} {size}; choose "
+                "sizes that do."
+            )
+    # Every device of the context axis has two pieces of a row, one early and one late.
+    pieces = 2 * sizes["context"] if sizes["context"] > 1 else 1
+    if pack.seq_len % (pieces * sizes["tensor"]):
+        raise ConfigError(
+            f"pack.seq_len {pack.seq_len} does not divide into {pieces} pieces for mesh.context "
+            f"{sizes['context']}, and those over mesh.tensor {sizes['tensor']}; use a multiple of "
+            f"{pieces * sizes['tensor']}."
+        )
+
+
+# --- parameters -----------------------------------------------------------------------------------
+
+
+def parameter_axes(path: str) -> tuple[str | None, ...] | None:
+    """The meanings of the last axes of the parameter at a dotted path; None: whole everywhere."""
+    return next((axes for end, axes in _PARAMETERS if path.endswith(end)), None)
+
+
+def parameter_spec(path: str, ndim: int) -> P:
+    """How the parameter at a dotted path is cut."""
+    axes = parameter_axes(path) or ()
+    return P(*[None] * (ndim - len(axes)), *(_MESH_AXES.get(axis) for axis in axes))
+
+
+def mesh_axes(path: str) -> set[str]:
+    """The mesh axes over which the parameter at a dotted path is cut."""
+    axes = parameter_axes(path) or ()
+    return {name for axis in axes for name in _MESH_AXES.get(axis, ())}
 
 
 def path_string(path: tuple[Any, ...]) -> str:
@@ -94,61 +182,48 @@ def path_string(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def parameter_shardings(params: Any, mesh: Mesh) -> Any:
-    """NamedSharding for every leaf of a tree of arrays or shapes, by the names of its path.
+def parameter_specs(params: Any) -> Any:
+    """PartitionSpec for every leaf of a tree of arrays or shapes, by the names of its path.
 
     Optimizer moments lie in trees of the same paths and follow the same rules.
     """
-
-    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, parameter_spec(path_string(path), np.shape(leaf), mesh))
-
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: parameter_spec(path_string(path), np.ndim(leaf)), params
+    )
 
 
-def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
-    """Batch arrays are cut along their pack axis, which follows `leading` uncut ones."""
-    return NamedSharding(mesh, P(*[None] * leading, BATCH_AXES))
+def parameter_shardings(params: Any, mesh: Mesh) -> Any:
+    """The same as NamedShardings of a mesh."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), parameter_specs(params))
 
 
-def data_shards(mesh: Mesh | Mapping[str, int]) -> int:
-    """How many packs the mesh holds side by side."""
-    shape = mesh.shape if isinstance(mesh, Mesh) else mesh
-    return math.prod(shape[axis] for axis in BATCH_AXES)
+# --- the batch ------------------------------------------------------------------------------------
 
 
-def row_mesh(x: jax.Array) -> AbstractMesh | None:
-    """The mesh that an activation's rows [rows ...] are cut over, if they are.
+def batch_specs(classes: int, *, leading: int = 0) -> Batch:
+    """PartitionSpecs of a batch with so many classes of vision rows, behind `leading` whole axes.
 
-    Without a mesh (one device, verification, generation) they are not.
+    Text rows are cut along their tokens, vision rows are dealt out.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or x.shape[0] % data_shards(mesh.shape) else mesh
+    none = [None] * leading
+    tokens = P(*none, PACK_AXES, None, ROW_AXES)
+    rows = P(*none, PACK_AXES, ROW_AXES)
+    return Batch(*[tokens] * 5, (VisionRows(rows, rows, rows),) * classes)
 
 
-def shard_rows(x: jax.Array) -> jax.Array:
-    """States that an activation's rows [rows ...] are cut over the batch axes."""
-    if row_mesh(x) is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, P(BATCH_AXES))
+def batch_shardings(mesh: Mesh, classes: int, *, leading: int = 0) -> Batch:
+    """The same as NamedShardings of a mesh."""
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), batch_specs(classes, leading=leading))
 
 
-def gather(x: jax.Array) -> jax.Array:
-    """States that a parameter is whole on every device here.
+def token_order(length: int, context: int) -> np.ndarray:
+    """Which token of a row [length] lies at each place when rows are cut over `context` devices.
 
-    Before a loop that uses it at every turn: the partitioner would gather it anew inside.
+    A causal query late in a row sees more keys than an early one. The row is cut into 2 * context
+    pieces, and device i has pieces i and 2 * context - 1 - i: all have the same work.
     """
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, P())
-
-
-def gather_axes(x: jax.Array, spec: P) -> jax.Array:
-    """Inside a shard_map: the whole of a parameter that came in cut by `spec`.
-
-    The gradient comes out as a reduce-scatter, cut like the parameter.
-    """
-    for axis, name in enumerate(spec):
-        if name is not None:
-            x = jax.lax.all_gather(x, name, axis=axis, tiled=True)
-    return x
+    if context == 1:
+        return np.arange(length)
+    pieces = np.arange(length).reshape(2 * context, -1)
+    early, late = pieces[:context], pieces[context:][::-1]
+    return np.stack([early, late], 1).reshape(-1)

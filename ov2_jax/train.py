@@ -17,23 +17,22 @@ import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
-import numpy as np
 from absl import app, flags, logging
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from ov2_jax.checkpoint_dir import CheckpointError, absolute
-from ov2_jax.data.batch import Batch
 from ov2_jax.data.errors import DataError
 from ov2_jax.data.loader import StepInfo, make_loader
 from ov2_jax.data.tokenizer import load_tokenizer
 from ov2_jax.exit_codes import BROKEN, INTERRUPTED
+from ov2_jax.model.attention import choose
 from ov2_jax.model.config import ConfigError
-from ov2_jax.sharding import batch_sharding, data_shards, make_mesh
+from ov2_jax.sharding import make_mesh
 from ov2_jax.training.checkpoint import RunCheckpoints, latest_step
 from ov2_jax.training.config import Experiment, experiment_from, experiment_to_dict
 from ov2_jax.training.distributed import StopSignal, join
+from ov2_jax.training.feed import make_feed, to_devices
 from ov2_jax.training.flops import Work, batch_work, train_flops
 from ov2_jax.training.health import Health
 from ov2_jax.training.metrics import MetricWriter, json_line
@@ -53,19 +52,6 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a fil
 
 class TrainingError(RuntimeError):
     """A run that must not go on; its last checkpoint is whole."""
-
-
-def to_devices(batch: Batch, mesh: Mesh, grad_accum: int) -> Batch:
-    """This process's packs [packs ...] as global arrays [A G ...], cut over the mesh by pack."""
-    sharding = batch_sharding(mesh, leading=1)
-
-    def place(x: np.ndarray) -> jax.Array:
-        x = x.reshape(grad_accum, -1, *x.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, x)
-
-    # The one transfer that is meant; with several processes JAX counts it as an implicit one.
-    with jax.transfer_guard("allow"):
-        return jax.tree.map(place, batch)
 
 
 def _counts(info: StepInfo) -> dict[str, float]:
@@ -198,8 +184,9 @@ def train(experiment: Experiment) -> int:
 def _train(experiment: Experiment, stack: contextlib.ExitStack) -> int:
     stop = stack.enter_context(StopSignal())
     mesh = make_mesh(experiment.mesh)
-    processes, first_process = jax.process_count(), jax.process_index() == 0
-    experiment.check_mesh(data_shards(mesh), processes)
+    first_process = jax.process_index() == 0
+    feed = make_feed(mesh)
+    experiment.check_mesh(mesh.shape, feed.count)
     workdir = absolute(experiment.workdir)
     health = stack.enter_context(Health(workdir, jax.process_index()))
     step = latest_step(workdir)
@@ -213,14 +200,14 @@ def _train(experiment: Experiment, stack: contextlib.ExitStack) -> int:
         tokenizer,
         packs_per_step=experiment.packs_per_step,
         seed=experiment.seed,
-        process_index=jax.process_index(),
-        process_count=processes,
+        process_index=feed.index,
+        process_count=feed.count,
         rejects_path=workdir / "rejected.jsonl",
     )
     stack.callback(loader.close)
     checkpoints = stack.enter_context(RunCheckpoints(workdir, experiment.checkpoint))
     if step:
-        state = checkpoints.restore(step, abstract_train_state(experiment, mesh), loader)
+        state = checkpoints.restore(step, abstract_train_state(experiment, mesh), loader, feed)
     else:
         if first_process:
             write_hf_folder(experiment)
@@ -241,6 +228,8 @@ def _train(experiment: Experiment, stack: contextlib.ExitStack) -> int:
     )
     watcher = stack.enter_context(ThreadPoolExecutor(1))
     writer.say(f"{'Resuming' if step else 'Starting'} at step {step} on mesh {dict(mesh.shape)}")
+    kernel = choose(experiment.compute.attention, jax.default_backend())
+    writer.say(f"Attention kernel: {kernel}; remat: {experiment.compute.remat}")
     for note in notes:
         writer.say(note)
     # Transfers that nobody asked for are errors: each would stall the devices at every step.
@@ -252,7 +241,7 @@ def _train(experiment: Experiment, stack: contextlib.ExitStack) -> int:
             waited = asked, time.perf_counter()
             work = batch_work(batch)
             # Returns at once: the devices work while the host reports and fetches the next batch.
-            state, metrics = train_step(state, to_devices(batch, mesh, experiment.grad_accum))
+            state, metrics = train_step(state, to_devices(batch, feed, experiment.grad_accum))
             step += 1
             reporter.add(step, metrics, info, work, waited)
             health.beat(step)

@@ -1,6 +1,7 @@
 """The files of configs/: they load, every field can be overridden, and mistakes are sentences."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from ov2_jax.data.images import smart_resize
 from ov2_jax.data.packing import SampleSize, fits_alone
 from ov2_jax.data.video import Sampling
 from ov2_jax.model.config import ConfigError, model_config, model_config_to_hf
-from ov2_jax.sharding import data_shards, make_mesh
+from ov2_jax.sharding import MeshConfig, make_mesh
 from ov2_jax.training.config import Experiment, experiment_from
 from ov2_jax.training.start import with_checkpoint_model
 
@@ -80,8 +81,14 @@ def test_docstring_has_the_command(name):
     assert f"python -m ov2_jax.train --config=configs/{name}.py" in text
 
 
+def sizes(devices: int) -> dict[str, int]:
+    """A mesh that cuts packs over so many devices; a number that divides no width goes to data."""
+    fsdp = math.gcd(devices, 256)
+    return MeshConfig(data=devices // fsdp, fsdp=fsdp).sizes(devices)
+
+
 def test_quickstart_needs_no_override():
-    experiment_from(load("quickstart")).check_mesh(shards=1, processes=1)
+    experiment_from(load("quickstart")).check_mesh(MeshConfig().sizes(1), 1)
 
 
 def test_recipes_are_those_of_the_public_scripts(tmp_path):
@@ -132,14 +139,14 @@ def test_rows_of_a_recipe_take_what_its_data_settings_let_through(name, tmp_path
 )
 def test_meshes_that_the_docstrings_name(name, overrides, shards, grad_accums, tmp_path):
     for n, grad_accum in zip(shards, grad_accums, strict=True):
-        recipe(name, tmp_path, *overrides, f"grad_accum={grad_accum}").check_mesh(n, 1)
+        recipe(name, tmp_path, *overrides, f"grad_accum={grad_accum}").check_mesh(sizes(n), 1)
 
 
 @pytest.mark.parametrize("name, shards", [("sft_4b", 32), ("instruct_8b", 8), ("instruct_8b", 128)])
 def test_a_batch_that_the_mesh_does_not_divide_is_one_sentence(name, shards, tmp_path):
     e = recipe(name, tmp_path)
     with pytest.raises(ConfigError) as error:
-        e.check_mesh(shards, 1)
+        e.check_mesh(sizes(shards), 1)
     text = str(error.value)
     assert f"global_rows {e.global_rows}" in text and f"{shards} data shards" in text
     assert f"a multiple of {shards} global_rows" in text and "\n" not in text
@@ -147,15 +154,15 @@ def test_a_batch_that_the_mesh_does_not_divide_is_one_sentence(name, shards, tmp
 
 def test_processes_that_do_not_share_the_mesh_evenly(tmp_path):
     with pytest.raises(ConfigError, match="4 data shards do not divide over 3 processes"):
-        recipe("sft_4b", tmp_path, "grad_accum=4").check_mesh(4, 3)
+        recipe("sft_4b", tmp_path, "grad_accum=4").check_mesh(sizes(4), 3)
 
 
 def test_mesh_of_a_config_takes_all_devices(tmp_path):
     """The tests run on 8 fake devices."""
     e = recipe("sft_4b", tmp_path, "mesh.data=2", "grad_accum=2")
     mesh = make_mesh(e.mesh)
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 4}
-    e.check_mesh(data_shards(mesh), 1)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1}
+    e.check_mesh(mesh.shape, 1)
 
 
 @pytest.mark.parametrize(

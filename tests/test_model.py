@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ov2_jax.model.attention import segment_attention
 from ov2_jax.model.config import (
     ConfigError,
     ModelConfig,
@@ -83,27 +82,6 @@ def test_normalisation_equals_the_processors_floats():
     np.testing.assert_array_equal(normalize_patches(floats), floats)
     with pytest.raises(TypeError, match="int32"):
         normalize_patches(jnp.zeros((2, 12), jnp.int32))
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("block", [5, 8, 16])
-def test_blockwise_attention_equals_plain(causal, block):
-    rng = np.random.default_rng(0)
-    q = rng.normal(size=(2, 19, 4, 8)).astype(np.float32)
-    k, v = rng.normal(size=(2, 2, 19, 2, 8)).astype(np.float32)
-    segments = np.array([[1] * 6 + [2] * 9 + [0] * 4, [1] * 19])
-
-    def run(block, q, k, v):
-        out = segment_attention(q, k, v, segments, causal=causal, block=block)
-        return jnp.sum(jnp.sin(out) * (segments > 0)[..., None, None]), out
-
-    grad = jax.value_and_grad(run, argnums=(1, 2, 3), has_aux=True)
-    (_, out), grads = grad(block, q, k, v)
-    (_, want), want_grads = grad(19, q, k, v)
-    real = segments > 0
-    np.testing.assert_allclose(out[real], want[real], atol=1e-6)
-    for g, w in zip(grads, want_grads, strict=True):
-        np.testing.assert_allclose(g, w, atol=1e-6)
 
 
 def test_config_reads_both_transformers_forms():

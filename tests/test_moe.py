@@ -28,7 +28,7 @@ from ov2_jax.model.config import (
 from ov2_jax.model.decoder import KVCache
 from ov2_jax.model.llava_onevision2 import LlavaOnevision2
 from ov2_jax.model.moe import MixtureOfExperts, RouterLoad, load_balancing_loss, load_metrics
-from ov2_jax.sharding import MeshConfig, batch_sharding, make_mesh, parameter_shardings
+from ov2_jax.sharding import MeshConfig, batch_shardings, make_mesh, parameter_shardings
 from ov2_jax.training.config import experiment_from
 from ov2_jax.training.flops import Work, forward_flops
 from ov2_jax.training.optimizer import OptimizerConfig
@@ -229,7 +229,7 @@ def test_eight_devices_equal_one():
     kernel = placed.params["decoder"]["layers"]["mlp"]["experts"]["down_proj"]["kernel"]
     assert kernel.addressable_shards[0].data.size * mesh.shape["fsdp"] == kernel.size
     with jax.set_mesh(mesh):
-        placed_batch = jax.device_put(cut(1), batch_sharding(mesh, leading=1))
+        placed_batch = jax.device_put(cut(1), batch_shardings(mesh, 0, leading=1))
         spread, got = train_step(OPTIMIZER)(placed, placed_batch)
     for name, value in want.items():
         assert float(got[name]) == pytest.approx(float(value), rel=1e-5), name

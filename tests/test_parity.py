@@ -54,7 +54,7 @@ def check_gradients(grads: dict[str, np.ndarray], expected: dict[str, np.ndarray
         assert error <= GRADIENT * norm, f"{name}: error {error:.1e} of {norm:.1e}"
 
 
-@pytest.mark.parametrize("compute", [{"remat": "none"}, {"remat": "full", "attention_block": 7}])
+@pytest.mark.parametrize("compute", [{"remat": "none"}, {"remat": "full"}])
 def test_each_sample_alone(case: Case, compute: dict):
     graph = graph_of(case, loss_block=5, **compute)
     for s in range(len(case.samples)):

@@ -14,7 +14,7 @@ from ov2_jax.data.batch import IGNORE, Batch
 from ov2_jax.model.compute import ComputeConfig
 from ov2_jax.model.config import ConfigError, ModelConfig, TextConfig, VisionConfig
 from ov2_jax.model.llava_onevision2 import LlavaOnevision2
-from ov2_jax.sharding import MeshConfig, batch_sharding, make_mesh, parameter_shardings
+from ov2_jax.sharding import MeshConfig, batch_shardings, make_mesh, parameter_shardings
 from ov2_jax.training.flops import batch_work, forward_flops, train_flops
 from ov2_jax.training.loss import loss_weights, weighted_cross_entropy
 from ov2_jax.training.optimizer import OptimizerConfig, learning_rate, split_trainable
@@ -75,7 +75,7 @@ def cut(batch: Batch, accum: int) -> Batch:
 
 
 def graph() -> nnx.GraphDef:
-    compute = ComputeConfig(dtype="float32", loss_block=7, attention_block=8)
+    compute = ComputeConfig(dtype="float32", loss_block=7)
     make = lambda: LlavaOnevision2(MODEL, rngs=nnx.Rngs(0), compute=compute)  # noqa: E731
     return nnx.split(nnx.eval_shape(make))[0]
 
@@ -137,7 +137,7 @@ def test_eight_devices_equal_one(mesh_config):
     shardings = parameter_shardings(state, mesh)
     with jax.set_mesh(mesh):
         placed = jax.device_put(state, shardings)
-        batch = jax.device_put(cut(global_batch(), 1), batch_sharding(mesh, leading=1))
+        batch = jax.device_put(cut(global_batch(), 1), batch_shardings(mesh, 1, leading=1))
         spread, got = train_step(config)(placed, batch)
     assert float(got["loss"]) == pytest.approx(float(want["loss"]), rel=1e-6)
     assert float(got["grad_norm"]) == pytest.approx(float(want["grad_norm"]), rel=1e-5)

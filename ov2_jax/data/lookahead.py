@@ -57,7 +57,7 @@ class LookaheadIterator(ResumableSteps):
         progress: Progress,
         identity: Mapping[str, Any],
     ) -> None:
-        super().__init__(progress, identity)
+        super().__init__(progress, identity, identity["process_index"])
         self._samples, self._data, self._pack, self._model = samples, data, pack, model
         self._packs = packs
         self._buffer: list[_Waiting] = []

@@ -147,7 +147,7 @@ class PlannedIterator(ResumableSteps):
         progress: Progress,
         identity: Mapping[str, Any],
     ) -> None:
-        super().__init__(progress, identity)
+        super().__init__(progress, identity, process_index)
         self._order, self._maker, self._data, self._pack = order, maker, data, pack
         self._packs, self._index, self._count = packs, process_index, process_count
 

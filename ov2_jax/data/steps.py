@@ -190,15 +190,16 @@ class ResumableSteps(grain.DatasetIterator):
     """Steps from an upstream iterator that is opened at `_next`, with counts: what both ways of
     packing keep, save and close."""
 
-    def __init__(self, progress: Progress, identity: Mapping[str, Any]) -> None:
+    def __init__(self, progress: Progress, identity: Mapping[str, Any], share: int) -> None:
         super().__init__()
-        self._progress, self._identity = progress, identity
+        self._progress, self._identity, self._share = progress, identity, share
         self._upstream: grain.DatasetIterator | None = None
         self._next = 0
 
     def get_state(self) -> dict[str, Any]:
         return {
             "identity": dict(self._identity),
+            "share": self._share,
             "next": self._next,
             **self._progress.get_state(),
         }

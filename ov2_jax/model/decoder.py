@@ -10,14 +10,22 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from ov2_jax.model.attention import masked_attention, segment_attention
+from ov2_jax.model.attention import Segments, attention, masked_attention
 from ov2_jax.model.compute import ComputeConfig
 from ov2_jax.model.config import TextConfig
 from ov2_jax.model.layers import Linear, RMSNorm, scan_layers, stack
 from ov2_jax.model.moe import MixtureOfExperts, RouterLoad
 from ov2_jax.model.rope import Rope, rotate_half, text_rope
-from ov2_jax.sharding import shard_rows
+from ov2_jax.parallel import (
+    axis_index,
+    axis_size,
+    gather_row,
+    gather_tokens,
+    row_index,
+    scatter_tokens,
+)
 
 
 class KVCache(NamedTuple):
@@ -34,12 +42,46 @@ class Collected(NamedTuple):
     load: RouterLoad | None  # of every layer [N ...], where the decoder is a mixture of experts
 
 
+class Row(NamedTuple):
+    """What every layer needs to know of packed rows, made once for all of them."""
+
+    rope: Rope  # of the tokens of a tensor group, L'
+    segments: Segments  # their queries against the keys of the whole row
+    real: jax.Array  # bool [B L]: this device's tokens that are not padding
+
+
+@jax.custom_vjp
+def _rows_of(table: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of a table [V D]. The gradient adds up in float32: a frequent token has thousands."""
+    return table[index]
+
+
+def _rows_of_forward(table: jax.Array, index: jax.Array) -> tuple:
+    return table[index], (index, jnp.zeros((0, len(table)), table.dtype))
+
+
+def _rows_of_backward(saved: tuple, gradient: jax.Array) -> tuple[jax.Array, None]:
+    index, like = saved
+    zero = jnp.zeros((like.shape[1], gradient.shape[-1]), jnp.float32)
+    return zero.at[index].add(gradient.astype(jnp.float32)).astype(like.dtype), None
+
+
+_rows_of.defvjp(_rows_of_forward, _rows_of_backward)
+
+
 class Embedding(nnx.Module):
     def __init__(self, vocab_size: int, width: int, *, std: float, rngs: nnx.Rngs) -> None:
         self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (vocab_size, width)))
 
     def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return self.embedding[...].astype(dtype)[tokens]
+        """int [B L] -> [B L D]. Under tensor parallelism the table holds a part of the words."""
+        table = self.embedding[...].astype(dtype)
+        if axis_size("tensor") == 1:
+            return _rows_of(table, tokens)
+        here = gather_tokens(tokens) - axis_index("tensor") * len(table)
+        mine = (here >= 0) & (here < len(table))
+        x = jnp.where(mine[..., None], _rows_of(table, jnp.where(mine, here, 0)), 0)
+        return scatter_tokens(x)
 
 
 class Attention(nnx.Module):
@@ -69,6 +111,8 @@ class Attention(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
+    """Under tensor parallelism a device has a part of the hidden units, for its group's tokens."""
+
     def __init__(self, config: TextConfig, rngs: nnx.Rngs) -> None:
         linear = functools.partial(Linear, std=config.initializer_range, rngs=rngs)
         width, hidden = config.hidden_size, config.intermediate_size
@@ -79,7 +123,10 @@ class SwiGLU(nnx.Module):
     def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, None]:
         """[B L D] -> [B L D]; as in MixtureOfExperts, but there is no load to tell of."""
         del real
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)), None
+        x = gather_tokens(x)
+        gate = checkpoint_name(self.gate_proj(x), "gate")
+        up = checkpoint_name(self.up_proj(x), "up")
+        return scatter_tokens(self.down_proj(jax.nn.silu(gate) * up)), None
 
 
 class DecoderLayer(nnx.Module):
@@ -95,12 +142,17 @@ class DecoderLayer(nnx.Module):
         return x + y, load
 
     def __call__(
-        self, x: jax.Array, rope: Rope, segment_ids: jax.Array, block: int
+        self, x: jax.Array, row: Row, backends: tuple[str, ...]
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], RouterLoad | None]:
-        """Packed rows: [B L D] -> [B L D], this layer's keys and values, its router's load."""
-        q, k, v = self.attn.qkv(self.input_layernorm(x), rope)
-        x = x + self.attn.out(segment_attention(q, k, v, segment_ids, causal=True, block=block))
-        x, load = self.feed_forward(x, segment_ids > 0)
+        """Packed rows: [B L D] -> [B L D], this layer's keys and values, its router's load.
+
+        A device's heads attend from the tokens of its tensor group to the keys of the whole row.
+        """
+        q, k, v = self.attn.qkv(gather_tokens(self.input_layernorm(x)), row.rope)
+        q, k, v = checkpoint_name((q, k, v), "qkv")
+        out = attention(q, gather_row(k), gather_row(v), row.segments, backends=backends)
+        x = checkpoint_name(x + scatter_tokens(self.attn.out(out)), "attended")
+        x, load = self.feed_forward(x, row.real)
         return x, (k, v), load
 
     def step(
@@ -147,7 +199,7 @@ class Decoder(nnx.Module):
         return self.embed_tokens(tokens, self.compute.jax_dtype)
 
     def head(self) -> jax.Array:
-        """The output kernel, float32 [D V]."""
+        """The output kernel, [D V]."""
         if self.lm_head is None:
             return self.embed_tokens.embedding[...].T
         return self.lm_head.kernel[...]
@@ -169,13 +221,18 @@ class Decoder(nnx.Module):
         collect_cache: bool = False,
     ) -> tuple[jax.Array, Collected]:
         """Hidden states [B L D] behind the final norm, and what was collected on the way."""
-        rope = self._rope(positions)
+        ids = gather_tokens(segment_ids)
+        row = Row(
+            rope=self._rope(gather_tokens(positions)),
+            segments=Segments(ids, gather_row(ids), row_index(ids.shape[1])),
+            real=segment_ids > 0,
+        )
 
         def step(layer: DecoderLayer, x: jax.Array, _: None) -> tuple:
-            x, kv, load = layer(x, rope, segment_ids, self.compute.attention_block)
-            return shard_rows(x), Collected(KVCache(*kv) if collect_cache else None, load)
+            x, kv, load = layer(x, row, self.compute.backends)
+            return x, Collected(KVCache(*kv) if collect_cache else None, load)
 
-        x, collected = scan_layers(self.layers, step, embeddings, remat=self.compute.remat)
+        x, collected = scan_layers(self.layers, step, embeddings, compute=self.compute)
         return self.norm(x), collected
 
     def decode(
@@ -187,5 +244,7 @@ class Decoder(nnx.Module):
         def step(layer: DecoderLayer, x: jax.Array, kv: tuple) -> tuple:
             return layer.step(x, rope, kv, slots)
 
-        x, kv = scan_layers(self.layers, step, self.embed(tokens[:, None]), tuple(cache))
+        x, kv = scan_layers(
+            self.layers, step, self.embed(tokens[:, None]), tuple(cache), compute=self.compute
+        )
         return self.logits(self.norm(x))[:, 0], KVCache(*kv)

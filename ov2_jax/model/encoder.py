@@ -8,13 +8,13 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from ov2_jax.model.attention import masked_attention, segment_attention
+from ov2_jax.model.attention import Segments, attention, masked_attention, row_segments
 from ov2_jax.model.compute import ComputeConfig
 from ov2_jax.model.config import VisionConfig
 from ov2_jax.model.layers import NORMS, Linear, RMSNorm, scan_layers, stack
 from ov2_jax.model.rope import Rope, rotate_neighbours, vision_rope
-from ov2_jax.sharding import shard_rows
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -30,11 +30,14 @@ class Attention(nnx.Module):
         self.qkv = linear(width, 3 * width, bias=True)
         self.proj = linear(width, width, bias=True)
 
-    def __call__(self, x: jax.Array, rope: Rope, segment_ids: jax.Array, block: int) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, rope: Rope, segments: Segments, backends: tuple[str, ...]
+    ) -> jax.Array:
         b, p, d = x.shape
         qkv = self.qkv(x).reshape(b, p, 3, self.heads, d // self.heads)
         q, k = rotate_neighbours(qkv[:, :, 0], rope), rotate_neighbours(qkv[:, :, 1], rope)
-        out = segment_attention(q, k, qkv[:, :, 2], segment_ids, causal=False, block=block)
+        q, k, v = checkpoint_name((q, k, qkv[:, :, 2]), "qkv")
+        out = attention(q, k, v, segments, backends=backends)
         return self.proj(out.reshape(b, p, d))
 
 
@@ -45,7 +48,7 @@ class MLP(nnx.Module):
         self.fc2 = linear(config.intermediate_size, config.hidden_size, bias=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(gelu(self.fc1(x)))
+        return self.fc2(gelu(checkpoint_name(self.fc1(x), "fc1")))
 
 
 class EncoderLayer(nnx.Module):
@@ -56,8 +59,11 @@ class EncoderLayer(nnx.Module):
         self.layer_norm2 = norm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x: jax.Array, rope: Rope, segment_ids: jax.Array, block: int) -> jax.Array:
-        x = x + self.attn(self.layer_norm1(x), rope, segment_ids, block)
+    def __call__(
+        self, x: jax.Array, rope: Rope, segments: Segments, backends: tuple[str, ...]
+    ) -> jax.Array:
+        x = x + self.attn(self.layer_norm1(x), rope, segments, backends)
+        x = checkpoint_name(x, "attended")
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -136,14 +142,14 @@ class VisionEncoder(nnx.Module):
         rope = vision_rope(
             patch_positions, head_dim=self.config.head_dim, theta=self.config.rope_theta
         )
-        x = shard_rows(self.patch_embedding(patches.astype(self.compute.jax_dtype)))
-        x = self.layernorm_pre(x)
+        segments = row_segments(segment_ids, causal=False)
+        x = self.layernorm_pre(self.patch_embedding(patches.astype(self.compute.jax_dtype)))
 
         def step(layer: EncoderLayer, x: jax.Array, _: None) -> tuple:
-            x = shard_rows(layer(x, rope, segment_ids, self.compute.attention_block))
+            x = layer(x, rope, segments, self.compute.backends)
             return x, (x if collect_layers else None)
 
-        x, layers = scan_layers(self.layers, step, x, remat=self.compute.remat)
+        x, layers = scan_layers(self.layers, step, x, compute=self.compute)
         return (x if self.layernorm_post is None else self.layernorm_post(x)), layers
 
     def pool(self, features: jax.Array, segment_ids: jax.Array) -> jax.Array:

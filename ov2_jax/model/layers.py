@@ -9,6 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from ov2_jax.model.compute import ComputeConfig
+from ov2_jax.parallel import whole_parameters
 
 
 class Linear(nnx.Module):
@@ -65,18 +69,26 @@ def scan_layers(
     carry: Any,
     xs: Any = None,
     *,
-    remat: str = "none",
+    compute: ComputeConfig,
 ) -> tuple[Any, Any]:
-    """Runs `carry, y = step(layer, carry, x)` over a stack; compiles one layer, not n.
+    """Runs `carry, y = step(layer, carry, x)` over a stack, and gathers a layer's weights for it.
 
     Returns the last carry and the stacked ys.
     """
     graph, state = nnx.split(layers)
 
     def body(carry: Any, layer_xs: tuple) -> tuple[Any, Any]:
-        layer_state, x = layer_xs
-        return step(nnx.merge(graph, layer_state), carry, x)
+        parameters, x = layer_xs
+        layer = nnx.merge(graph, whole_parameters(parameters, compute.jax_dtype))
+        carry = jax.tree.map(lambda c: checkpoint_name(c, "layer_input"), carry)
+        return step(layer, carry, x)
 
-    if remat == "full":
-        body = jax.checkpoint(body, prevent_cse=False)
-    return jax.lax.scan(body, carry, (state, xs))
+    body = compute.rematerialised(body)
+    stacked = nnx.to_pure_dict(state), xs
+    if compute.scan_layers:
+        return jax.lax.scan(body, carry, stacked)
+    ys = []
+    for i in range(len(jax.tree.leaves(stacked)[0])):
+        carry, y = body(carry, jax.tree.map(lambda x, i=i: x[i], stacked))
+        ys.append(y)
+    return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)

@@ -14,7 +14,7 @@ from ov2_jax.model.decoder import Collected, Decoder
 from ov2_jax.model.encoder import VisionEncoder
 from ov2_jax.model.merger import Merger
 from ov2_jax.model.normalize import normalize_patches
-from ov2_jax.sharding import shard_rows
+from ov2_jax.parallel import gather_vision
 
 
 class LlavaOnevision2(nnx.Module):
@@ -32,13 +32,17 @@ class LlavaOnevision2(nnx.Module):
         )
 
     def merged_tokens(self, vision: tuple[VisionRows, ...]) -> jax.Array:
-        """All classes of vision rows -> the pack's merged tokens, [G M D]."""
+        """All classes of vision rows -> the pack's merged tokens, [G M D].
+
+        Every device encodes its own vision rows, whatever axis of the mesh it is on.
+        """
         merged = []
         for rows in vision:
             packs = rows.patches.shape[0]
             patches, positions, segments = (x.reshape(-1, *x.shape[2:]) for x in rows)
             features, _ = self.encoder(normalize_patches(patches), positions, segments)
             tokens = self.merger(features)  # G*R W/m^2 D
+            tokens = gather_vision(tokens.reshape(packs, -1, *tokens.shape[1:]))  # G R W/m^2 D
             merged.append(tokens.reshape(packs, -1, tokens.shape[-1]))
         return jnp.concatenate(merged, 1)
 
@@ -47,14 +51,14 @@ class LlavaOnevision2(nnx.Module):
         packs, rows, length = batch.tokens.shape
         text = self.decoder.embed(batch.tokens.reshape(-1, length))
         if not batch.vision:
-            return shard_rows(text)
+            return text
         index = batch.vision_index.reshape(packs, -1)
         # A gather inside each pack: packs lie on different devices and never mix.
         picked = jax.vmap(lambda tokens, i: tokens[i])(
             self.merged_tokens(batch.vision), jnp.maximum(index, 0)
         ).reshape(text.shape)
         is_vision = (batch.vision_index >= 0).reshape(-1, length, 1)
-        return shard_rows(jnp.where(is_vision, picked, text))
+        return jnp.where(is_vision, picked, text)
 
     def __call__(self, batch: Batch, *, collect_cache: bool = False) -> tuple[jax.Array, Collected]:
         """Hidden states behind the final norm, [G*B L D], and what was collected on the way."""

@@ -1,7 +1,8 @@
 """Mixture of experts as in Qwen3-MoE: a float32 router, and experts as grouped matmuls.
 
 Dimension letters: B rows, L tokens, D width, E experts, X experts of a token, F an expert's width,
-T tokens of a device (B*L of them), S = T*X slots (a token and one of its experts).
+T tokens of an expert group (a device's B*L, where it is alone), S = T*X slots (a token and one of
+its experts).
 """
 
 import functools
@@ -10,12 +11,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from ov2_jax.model.config import TextConfig
 from ov2_jax.model.grouped import grouped_matmul
 from ov2_jax.model.layers import Linear
-from ov2_jax.sharding import BATCH_AXES, gather_axes, parameter_spec, row_mesh
+from ov2_jax.parallel import axis_index, gather, scatter_sum
 
 
 class RouterLoad(NamedTuple):
@@ -92,55 +92,50 @@ class Experts(nnx.Module):
     def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
         """x [B L D], experts int [B L X] and their weights float32 [B L X] -> [B L D].
 
-        On a mesh every device runs all experts on its own rows; kernels are gathered in x's dtype.
+        Over the expert and tensor axes a device has a part of the experts, or of their hidden
+        units. It takes the tokens of all its group and gives back summands. For up to X devices
+        that moves fewer bytes than sending each token to its X experts, and needs no room for a
+        load that is not known beforehand: no token is ever dropped.
         """
         kernels = {
             name: getattr(self, name).kernel[...].astype(x.dtype)
             for name in ("gate_proj", "up_proj", "down_proj")
         }
-        mesh = row_mesh(x)
-        if mesh is None:
-            return mixture(x, chosen, weights, **kernels)
-        specs = {
-            name: parameter_spec(f"mlp.experts.{name}.kernel", kernel.shape, mesh)
-            for name, kernel in kernels.items()
-        }
-
-        def local(x: jax.Array, chosen: jax.Array, weights: jax.Array, kernels: dict) -> jax.Array:
-            whole = {name: gather_axes(kernel, specs[name]) for name, kernel in kernels.items()}
-            return mixture(x, chosen, weights, **whole)
-
-        rows = P(BATCH_AXES)
-        # Unchecked: the Pallas kernel in here does not say over which axes its result varies.
-        run = jax.shard_map(
-            local, in_specs=(rows, rows, rows, specs), out_specs=rows, check_vma=False
+        tokens, group = x.shape[:2], ("expert", "tensor")
+        x, chosen, weights = (
+            gather(y.reshape(-1, y.shape[-1]), group, 0) for y in (x, chosen, weights)
         )
-        return run(x, chosen, weights, kernels)
+        chosen = chosen - axis_index("expert") * len(kernels["gate_proj"])
+        return scatter_sum(mixture(x, chosen, weights, **kernels), group, 0).reshape(*tokens, -1)
 
 
 def mixture(
-    x: jax.Array,  # [B L D]
-    chosen: jax.Array,  # int [B L X]
-    weights: jax.Array,  # float32 [B L X]
+    x: jax.Array,  # [T D]
+    chosen: jax.Array,  # int [T X]: one of the experts below, or another number: elsewhere
+    weights: jax.Array,  # float32 [T X]
     *,
     gate_proj: jax.Array,  # [E D F]
     up_proj: jax.Array,  # [E D F]
     down_proj: jax.Array,  # [E F D]
 ) -> jax.Array:
-    """Weighted sum of each token's experts, [B L D] in x's dtype.
+    """Weighted sum of those of each token's experts that are here, [T D] in x's dtype.
 
     Slots are sorted by expert, so each expert's tokens are a run of rows and the three matmuls are
     grouped ones over runs of any length: every token gets all its experts, whatever the load.
     """
-    experts = chosen.reshape(-1)
-    order = jnp.argsort(experts, stable=True)  # S
+    experts = len(gate_proj)
+    here = (chosen >= 0) & (chosen < experts)
+    chosen = jnp.where(here, chosen, experts).reshape(-1)  # the others come last
+    order = jnp.argsort(chosen, stable=True)  # S
     inverse = jnp.argsort(order)
-    sizes = jnp.sum(experts[:, None] == jnp.arange(len(gate_proj)), 0, dtype=jnp.int32)
-    rows = _take(x.reshape(-1, x.shape[-1]), order, inverse, chosen.shape[-1])  # S D
+    sizes = jnp.sum(chosen[:, None] == jnp.arange(experts), 0, dtype=jnp.int32)
+    # Rows behind the last group are whatever the kernels make of them, here and in the gradient.
+    ours = (jnp.arange(len(order)) < sizes.sum())[:, None]
+    rows = jnp.where(ours, _take(x, order, inverse, weights.shape[-1]), 0)  # S D
     hidden = jax.nn.silu(grouped_matmul(rows, gate_proj, sizes))
-    hidden = hidden * grouped_matmul(rows, up_proj, sizes)  # S F
-    out = _take(grouped_matmul(hidden, down_proj, sizes), inverse, order, 1)
-    out = out.reshape(*chosen.shape, -1).astype(jnp.float32)  # B L X D
+    hidden = jnp.where(ours, hidden * grouped_matmul(rows, up_proj, sizes), 0)  # S F
+    out = jnp.where(ours, grouped_matmul(hidden, down_proj, sizes), 0)
+    out = _take(out, inverse, order, 1).reshape(*weights.shape, -1).astype(jnp.float32)  # T X D
     return jnp.sum(out * weights[..., None], -2).astype(x.dtype)
 
 

@@ -16,6 +16,7 @@ from ov2_jax.checkpoint_dir import CheckpointError
 from ov2_jax.data.errors import DataError
 from ov2_jax.data.steps import share_state
 from ov2_jax.training.config import CheckpointConfig
+from ov2_jax.training.feed import Feed
 from ov2_jax.training.step import TrainState
 
 ITEMS = ("params", "train_state", "loader", "config")
@@ -67,7 +68,9 @@ class RunCheckpoints:
             ),
         )
 
-    def restore(self, step: int, abstract: TrainState, loader: grain.DatasetIterator) -> TrainState:
+    def restore(
+        self, step: int, abstract: TrainState, loader: grain.DatasetIterator, feed: Feed
+    ) -> TrainState:
         """The state of a step, in the shardings of `abstract`, and the loader moved to it.
 
         Raises CheckpointError if anything is missing or of another shape, and DataError if the
@@ -84,7 +87,7 @@ class RunCheckpoints:
                 ),
             )
             states = _loader_states(self._folder / str(step) / "loader")
-            loader.set_state(share_state(states, jax.process_index(), jax.process_count()))
+            loader.set_state(share_state(states, feed.index, feed.count))
             loader.start_prefetch()  # while the step compiles
         except DataError:
             raise
@@ -104,7 +107,8 @@ class RunCheckpoints:
 
 
 def _loader_states(folder: epath.Path) -> list[dict[str, Any]]:
-    """What each process's loader saved, in their order. Grain itself restores only its own."""
+    """What the loader of each share saved, in their order; processes of one share saved the same.
+    Grain itself restores only a process's own."""
     found = sorted(
         (int(path.stem.removeprefix("process_").split("-of-")[0]), path)
         for path in folder.glob("process_*-of-*.json")
@@ -113,7 +117,7 @@ def _loader_states(folder: epath.Path) -> list[dict[str, Any]]:
     counts = {int(path.stem.split("-of-")[1]) for _, path in found}
     if counts != {len(found)}:
         raise ValueError(f"{folder} does not hold the loader's state of every process")
-    return states
+    return list({state["share"]: state for state in reversed(states)}.values())[::-1]
 
 
 def _each(tree: Any, value: Any) -> Any:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, config_dict
 from ov2_jax.data.config import DataConfig, PackConfig
 from ov2_jax.model.compute import ComputeConfig
 from ov2_jax.model.config import ConfigError, ModelConfig
-from ov2_jax.sharding import MeshConfig
+from ov2_jax.sharding import MeshConfig, check_mesh, data_shards
 from ov2_jax.training.loss import REDUCTIONS
 from ov2_jax.training.optimizer import OptimizerConfig
 
@@ -96,8 +96,11 @@ class Experiment:
     def packs_per_step(self) -> int:
         return self.global_rows // self.pack.rows
 
-    def check_mesh(self, shards: int, processes: int) -> None:
-        """The global batch must divide over micro-steps and data shards."""
+    def check_mesh(self, sizes: Mapping[str, int], shares: int) -> None:
+        """The mesh must divide the model and the pack, and micro-steps, data shards and the shares
+        that processes read the global batch."""
+        check_mesh(sizes, self.model, self.pack)
+        shards = data_shards(sizes)
         if self.packs_per_step % (self.grad_accum * shards):
             raise ConfigError(
                 f"global_rows {self.global_rows} makes {self.packs_per_step} packs of pack.rows "
@@ -106,9 +109,9 @@ class Experiment:
                 f"{self.grad_accum * shards * self.pack.rows} global_rows, or another grad_accum "
                 "or mesh."
             )
-        if shards % processes:
+        if shards % shares:
             raise ConfigError(
-                f"The mesh's {shards} data shards do not divide over {processes} processes."
+                f"The mesh's {shards} data shards do not divide over {shares} processes."
             )
 
 

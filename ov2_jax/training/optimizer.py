@@ -28,6 +28,9 @@ class OptimizerConfig:
     eps: float = 1e-5
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    # Of the first moment; bfloat16 saves 2 of 12 bytes a parameter. The second is always float32:
+    # a change of 1 - beta2 = 1 % is near the least that a bfloat16 can take.
+    first_moment_dtype: str = "float32"
     train: tuple[str, ...] = PARTS  # a part that is not named is frozen
     # Peak learning rates of single parts; None takes `learning_rate`.
     encoder_learning_rate: float | None = None
@@ -54,6 +57,11 @@ class OptimizerConfig:
         for name in ("eps", "clip_norm"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"optimizer.{name} is {getattr(self, name)}; it must be > 0.")
+        if self.first_moment_dtype not in ("float32", "bfloat16"):
+            raise ConfigError(
+                f"optimizer.first_moment_dtype is {self.first_moment_dtype!r}; it must be "
+                "'float32' or 'bfloat16'."
+            )
         if self.weight_decay < 0 or self.end_learning_rate < 0:
             raise ConfigError("optimizer.weight_decay and end_learning_rate must not be negative.")
 
@@ -108,7 +116,9 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Everything but the learning rate, which `apply_updates` multiplies in."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
+        optax.scale_by_adam(
+            b1=config.beta1, b2=config.beta2, eps=config.eps, mu_dtype=config.first_moment_dtype
+        ),
         optax.add_decayed_weights(config.weight_decay, mask=_decayed),
     )
 

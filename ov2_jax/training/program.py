@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ov2_jax.data.batch import Batch, VisionRows
-from ov2_jax.sharding import batch_sharding
+from ov2_jax.sharding import batch_shardings
 from ov2_jax.training.config import Experiment
 from ov2_jax.training.start import abstract_train_state, model_graph
 from ov2_jax.training.step import TrainState, make_train_step
@@ -15,19 +15,23 @@ from ov2_jax.training.step import TrainState, make_train_step
 
 def abstract_batch(experiment: Experiment, mesh: Mesh) -> Batch:
     """Shapes and shardings of a step's batch, [A G ...]."""
-    sharding = batch_sharding(mesh, leading=1)
     leading = experiment.grad_accum, experiment.packs_per_step // experiment.grad_accum
     pack, patch_dim = experiment.pack, experiment.model.vision.patch_dim
 
     def array(*shape: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*leading, *shape), dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct((*leading, *shape), dtype)
 
     tokens = array(pack.rows, pack.seq_len)
     vision = tuple(
         VisionRows(array(r, w, patch_dim, dtype=np.uint8), array(r, w, 3), array(r, w))
         for r, w in pack.vision_rows
     )
-    return Batch(tokens, tokens, tokens, tokens, tokens, vision)
+    shapes = Batch(tokens, tokens, tokens, tokens, tokens, vision)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        batch_shardings(mesh, len(vision), leading=1),
+    )
 
 
 def jit_train_step(experiment: Experiment, state: TrainState) -> Any:
@@ -35,8 +39,9 @@ def jit_train_step(experiment: Experiment, state: TrainState) -> Any:
 
     `state` gives the shardings: real arrays or the abstract ones of `abstract_train_state`.
     """
+    mesh = jax.tree.leaves(state)[0].sharding.mesh
     step = make_train_step(
-        model_graph(experiment),
+        model_graph(experiment, mesh.devices.flat[0].platform),
         experiment.optimizer,
         steps=experiment.steps,
         reduction=experiment.loss_reduction,

@@ -142,10 +142,14 @@ def random_params(model: ModelConfig, seed: int) -> dict[str, Any]:
     return nnx.to_pure_dict(nnx.state(LlavaOnevision2(model, rngs=nnx.Rngs(seed)), nnx.Param))
 
 
-def model_graph(experiment: Experiment) -> nnx.GraphDef:
-    """The model without its parameters, to be merged with them inside a jitted function."""
+def model_graph(experiment: Experiment, platform: str) -> nnx.GraphDef:
+    """The model without its parameters, to be merged with them inside a jitted function.
+
+    `platform` ("cpu", "gpu", "tpu") decides which attention kernel it has.
+    """
+    compute = experiment.compute.for_platform(platform)
     make = lambda: LlavaOnevision2(  # noqa: E731
-        experiment.model, rngs=nnx.Rngs(0), compute=experiment.compute
+        experiment.model, rngs=nnx.Rngs(0), compute=compute
     )
     return nnx.split(nnx.eval_shape(make))[0]
 

@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
+from flax import nnx, traverse_util
+from jax.sharding import PartitionSpec as P
 
 from ov2_jax.data.batch import IGNORE, Batch
 from ov2_jax.model.llava_onevision2 import LlavaOnevision2
 from ov2_jax.model.moe import RouterLoad, load_balancing_loss, load_metrics
+from ov2_jax.parallel import axis_size, total, whole_parameters
+from ov2_jax.sharding import AXES, batch_specs, mesh_axes, parameter_specs, path_string
 from ov2_jax.training.loss import loss_weights, weighted_cross_entropy
 from ov2_jax.training.optimizer import (
     OptimizerConfig,
@@ -63,12 +66,13 @@ class Losses(NamedTuple):
 def batch_loss(
     graph: nnx.GraphDef, params: Tree, batch: Batch, weights: jax.Array, *, micro_steps: int = 1
 ) -> tuple[jax.Array, Losses]:
-    """What one micro-step's batch adds to the loss of a step, and the terms of that.
+    """This device's share of what one micro-step's batch adds to the loss, and its terms.
 
     The sum of weight * token loss, weights [G B L], and for a mixture of experts the load-balancing
-    loss of this batch's real tokens times `router_aux_loss_coef` / `micro_steps`.
+    loss of the batch's real tokens on all devices times `router_aux_loss_coef` / `micro_steps`.
     """
-    model: LlavaOnevision2 = nnx.merge(graph, params)
+    dtype = nnx.merge(graph, params).decoder.compute.jax_dtype
+    model: LlavaOnevision2 = nnx.merge(graph, _outside_layers(params, dtype))
     hidden, collected = model(batch)
     rows = hidden.shape[:2]
     loss = weighted_cross_entropy(
@@ -80,9 +84,10 @@ def batch_loss(
     )
     if collected.load is None:
         return loss, Losses(loss)
-    balance = load_balancing_loss(collected.load) / micro_steps
-    total = loss + model.config.router_aux_loss_coef * balance
-    return total, Losses(loss, balance, collected.load)
+    load = total(collected.load)  # not linear in tokens: first the sum, then the loss
+    balance = load_balancing_loss(load) / micro_steps / axis_size(*AXES)
+    all_of_it = loss + model.config.router_aux_loss_coef * balance
+    return all_of_it, Losses(loss, balance, jax.tree.map(lambda x: x / axis_size(*AXES), load))
 
 
 def loss_and_grads(
@@ -93,7 +98,51 @@ def loss_and_grads(
     The weights are made once over all micro-steps and sum to 1, so sums of losses and gradients
     are exact however the step is cut. Not so the load-balancing loss: it is not linear in tokens,
     and the step's is the mean of its micro-steps'.
+
+    Under a mesh (`jax.set_mesh`, all of its axes those of sharding.AXES) every device runs the same
+    program on its part of the batch; what is exchanged is in parallel.py.
     """
+
+    def on_device(trainable: Tree, frozen: Tree, batch: Batch) -> tuple[Losses, Tree]:
+        losses, grads = _own_loss_and_grads(graph, trainable, frozen, batch, reduction)
+        return total(losses), _summed(grads)
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return on_device(trainable, frozen, batch)
+    specs = parameter_specs(trainable)
+    run = jax.shard_map(
+        on_device,
+        in_specs=(specs, parameter_specs(frozen), batch_specs(len(batch.vision), leading=1)),
+        out_specs=(P(), specs),
+        # Unchecked: Pallas kernels do not say over which axes their results vary.
+        check_vma=False,
+    )
+    return run(trainable, frozen, batch)
+
+
+def _outside_layers(params: Tree, dtype: jnp.dtype) -> Tree:
+    """Parameters with all but the stacks of layers gathered; those are, a layer at a time."""
+    flat = traverse_util.flatten_dict(params)
+    stacks = {path: x for path, x in flat.items() if "layers" in path}
+    rest = {path: x for path, x in flat.items() if "layers" not in path}
+    rest = whole_parameters(traverse_util.unflatten_dict(rest), dtype)
+    return traverse_util.unflatten_dict(stacks | traverse_util.flatten_dict(rest))
+
+
+def _summed(grads: Tree) -> Tree:
+    """Gradients of parameters that are whole along some axes: the sum along those."""
+
+    def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        cut = mesh_axes(path_string(path))
+        return total(x, tuple(axis for axis in AXES if axis not in cut))
+
+    return jax.tree_util.tree_map_with_path(one, grads)
+
+
+def _own_loss_and_grads(
+    graph: nnx.GraphDef, trainable: Tree, frozen: Tree, batch: Batch, reduction: str
+) -> tuple[Losses, Tree]:
+    """A device's share of losses and gradients."""
     weights = loss_weights(batch.targets, reduction)
     micro_steps = weights.shape[0]
 
@@ -109,8 +158,8 @@ def loss_and_grads(
     if micro_steps == 1:
         return micro(*one)
 
-    def add(total: tuple, xs: tuple) -> tuple[tuple, None]:
-        return jax.tree.map(jnp.add, total, micro(*xs)), None
+    def add(so_far: tuple, xs: tuple) -> tuple[tuple, None]:
+        return jax.tree.map(jnp.add, so_far, micro(*xs)), None
 
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro, *one))
     return jax.lax.scan(add, zero, (batch, weights))[0]

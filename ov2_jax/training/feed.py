@@ -1,0 +1,65 @@
+"""From a process's packs to arrays over the whole mesh."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ov2_jax.data.batch import Batch
+from ov2_jax.model.config import ConfigError
+from ov2_jax.sharding import PACK_AXES, batch_shardings, data_shards, token_order
+
+
+class Feed(NamedTuple):
+    """Which packs of a step a process reads.
+
+    A pack that is cut over devices of several processes (context or tensor axes that reach beyond a
+    host) is read by each of them: they have the same `index`.
+    """
+
+    mesh: Mesh
+    index: int  # this process's share of the packs
+    count: int  # shares
+    shards: tuple[int, ...]  # data shards of the mesh that this process has devices of
+
+
+def make_feed(mesh: Mesh) -> Feed:
+    """Raises ConfigError if processes would share some of their packs and not others."""
+    owners = np.vectorize(lambda d: d.process_index)(mesh.devices).reshape(data_shards(mesh), -1)
+    held: dict[int, tuple[int, ...]] = {}
+    for process in np.unique(owners):
+        held[int(process)] = tuple(int(i) for i in np.flatnonzero((owners == process).any(1)))
+    shares = sorted(set(held.values()))
+    if sum(map(len, shares)) != data_shards(mesh) or len({len(s) for s in shares}) != 1:
+        raise ConfigError(
+            f"mesh {dict(mesh.shape)}: its {data_shards(mesh)} data shards "
+            f"({' x '.join(PACK_AXES)}) do not divide over the {len(held)} processes; choose axes "
+            "so that a process has whole shards, or a shard whole processes."
+        )
+    here = held[jax.process_index()]
+    return Feed(mesh, shares.index(here), len(shares), here)
+
+
+def to_devices(batch: Batch, feed: Feed, grad_accum: int) -> Batch:
+    """This process's packs [packs ...] as global arrays [A G ...], cut over the mesh."""
+    shardings = batch_shardings(feed.mesh, len(batch.vision), leading=1)
+    packs = len(batch.tokens) // grad_accum  # of this process in a micro-step
+    each = packs // len(feed.shards)
+    order = token_order(batch.tokens.shape[-1], feed.mesh.shape["context"])
+
+    def place(x: np.ndarray, sharding: jax.sharding.NamedSharding) -> jax.Array:
+        x = x.reshape(grad_accum, packs, *x.shape[1:])
+        shape = (grad_accum, packs * feed.count, *x.shape[2:])
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            shard = (index[1].start or 0) // each
+            first = feed.shards.index(shard) * each
+            return x[(index[0], slice(first, first + each), *index[2:])]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    text = [x[..., order] for x in batch[:-1]]
+    # The one transfer that is meant; with several processes JAX counts it as an implicit one.
+    with jax.transfer_guard("allow"):
+        return jax.tree.map(place, Batch(*text, batch.vision), shardings)
