@@ -1,0 +1,511 @@
+"""Attention on a GPU: flash attention inside segments, as Pallas kernels for Triton.
+
+A program owns a block of queries and walks the blocks of keys that it may see, first to last, or in
+the backward pass a block of keys and walks the blocks of queries that may see it. The walk's bounds
+come from the segment ids (blocks.py) before the kernel starts, so a row of many small windows costs
+the sum of its windows and not its length squared. Blocks where every pair is visible are walked
+apart, without a mask.
+
+Method: FlashAttention-2 (https://arxiv.org/abs/2307.08691). Matmuls take the inputs' dtype and add
+up in float32, softmax and logsumexp are float32.
+
+Dimension letters: B rows, Q queries and K keys of a row, H heads, J key/value heads, D head size;
+G = H / J query heads share a key/value head. x, y: rows and columns of a block.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+from ov2_jax.model.attention.blocks import Segments, visited_blocks
+
+MAX_HEAD_SIZE = 128
+_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+_UNSEEING = -0.5 * float(jnp.finfo(jnp.float32).max)  # a row's maximum below this: it saw nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Block of scores that a program holds at a time, and how Triton is to run it."""
+
+    q: int
+    k: int
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """The tiles of the three kernels."""
+
+    forward: Tile
+    dq: Tile
+    dkv: Tile
+
+
+_TILES = {  # by bytes of an element and padded head size
+    (2, 64): Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+    (2, 128): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    (4, 64): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
+    (4, 128): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+}
+
+
+def tiles(head_size: int, dtype: jax.typing.DTypeLike) -> Tiles:
+    """The blocks of a head size and dtype."""
+    return _TILES[jnp.dtype(dtype).itemsize, _padded_size(head_size)]
+
+
+def attention(
+    q: jax.Array,  # [B Q H D]
+    k: jax.Array,  # [B K J D]
+    v: jax.Array,  # [B K J D]
+    segments: Segments,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """[B Q H D] in q's dtype; bfloat16, float16 or float32, head size up to 128.
+
+    Rows that are no multiple of the blocks, and head sizes other than 64 and 128, are padded here,
+    which copies q, k and v. `interpret` runs the kernels as plain JAX, on any device.
+    """
+    heads, size = q.shape[2:]
+    if size > MAX_HEAD_SIZE:
+        raise ValueError(
+            f"head size {size} is more than the Triton kernels' {MAX_HEAD_SIZE}: "
+            "use the xla backend of attention"
+        )
+    if heads % k.shape[2]:
+        raise ValueError(f"{heads} query heads are no multiple of {k.shape[2]} key/value heads")
+    length, plan = q.shape[1], tiles(size, q.dtype)
+    step_q = max(plan.forward.q, plan.dq.q, plan.dkv.q)
+    step_k = max(plan.forward.k, plan.dq.k, plan.dkv.k)
+    channels = _padded_size(size) - size
+
+    def padded(x: jax.Array, step: int) -> jax.Array:
+        return jnp.pad(x, [(0, 0), (0, -x.shape[1] % step), (0, 0), (0, channels)])
+
+    out = _attention(
+        padded(q, step_q),
+        padded(k, step_k),
+        padded(v, step_k),
+        _padded_segments(segments, step_q, step_k),
+        size**-0.5,
+        interpret,
+    )
+    return out[:, :length, :, :size]
+
+
+def computed_scores(
+    segments: Segments, head_size: int, dtype: jax.typing.DTypeLike
+) -> dict[str, jax.Array]:
+    """Entries of the score matrix that each kernel computes for a head, all rows together.
+
+    Counted from the bounds that the kernels walk; to hold against the sum of squared windows (half
+    of it where attention is causal).
+    """
+    plan = tiles(head_size, dtype)
+    counts = {}
+    for name, tile, axis in (
+        ("forward", plan.forward, 2),
+        ("dq", plan.dq, 2),
+        ("dkv", plan.dkv, 1),
+    ):
+        bounds = _bounds(_padded_segments(segments, tile.q, tile.k), tile, axis)
+        counts[name] = (bounds[..., 1] - bounds[..., 0]).sum() * tile.q * tile.k
+    return counts
+
+
+def _padded_size(size: int) -> int:
+    return max(64, pl.next_power_of_2(size))
+
+
+def _padded_segments(segments: Segments, step_q: int, step_k: int) -> Segments:
+    """Lengths up to multiples of the steps, as padding (id 0)."""
+
+    def padded(x: jax.Array, step: int) -> jax.Array:
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % step)])
+
+    q_ids, k_ids, index = segments
+    return Segments(
+        padded(q_ids, step_q),
+        padded(k_ids, step_k),
+        None if index is None else padded(index, step_q),
+    )
+
+
+def _bounds(segments: Segments, tile: Tile, axis: int) -> jax.Array:
+    """What a program walks: int32 [B blocks 4] of (first, stop, first unmasked, its stop).
+
+    `axis` 2: a block of queries walks blocks of keys; 1: a block of keys walks those of queries.
+    """
+    visited = visited_blocks(segments, tile.q, tile.k)  # B Q-blocks K-blocks
+    whole = _unmasked_blocks(segments, tile)
+    if axis == 1:
+        visited, whole = visited.swapaxes(1, 2), whole.swapaxes(1, 2)
+    place = jnp.arange(visited.shape[2], dtype=jnp.int32)
+    stop = jnp.max(jnp.where(visited, place + 1, 0), -1)
+    first = jnp.minimum(jnp.min(jnp.where(visited, place, len(place)), -1), stop)
+    # The first run of unmasked blocks; where ids ascend along a row there is no other.
+    start = jnp.min(jnp.where(whole, place, len(place)), -1)
+    later = ~whole & (place > start[..., None])
+    end = jnp.min(jnp.where(later, place, len(place)), -1)
+    some = start < len(place)
+    start, end = jnp.where(some, start, first), jnp.where(some, end, first)
+    return jnp.stack([first, stop, start, end], -1).astype(jnp.int32)
+
+
+def _unmasked_blocks(segments: Segments, tile: Tile) -> jax.Array:
+    """Boolean [B Q-blocks K-blocks]: every pair of the block is visible."""
+    q_ids = segments.q_ids.reshape(segments.q_ids.shape[0], -1, tile.q)
+    k_ids = segments.k_ids.reshape(segments.k_ids.shape[0], -1, tile.k)
+    q_one = (q_ids == q_ids[..., :1]).all(-1) & (q_ids[..., 0] > 0)
+    k_one = (k_ids == k_ids[..., :1]).all(-1)
+    whole = q_one[:, :, None] & k_one[:, None, :] & (q_ids[:, :, None, 0] == k_ids[:, None, :, 0])
+    if segments.q_index is None:
+        return whole
+    earliest = segments.q_index.reshape(-1, tile.q).min(-1)
+    last_key = jnp.arange(1, k_ids.shape[1] + 1) * tile.k - 1
+    return whole & (earliest[:, None] >= last_key)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(q, k, v, segments: Segments, scale: float, interpret: bool) -> jax.Array:
+    return _forward(q, k, v, segments, scale, interpret)[0]
+
+
+def _attention_forward(q, k, v, segments: Segments, scale: float, interpret: bool):
+    out, logsumexp = _forward(q, k, v, segments, scale, interpret)
+    out = checkpoint_name(out, "attention")
+    logsumexp = checkpoint_name(logsumexp, "attention")
+    return out, (q, k, v, segments, out, logsumexp)
+
+
+def _attention_backward(scale: float, interpret: bool, residuals, d_out):
+    q, k, v, segments, out, logsumexp = residuals
+    delta = jnp.einsum("bqhd,bqhd->bhq", out, d_out, preferred_element_type=jnp.float32)
+    args = (q, k, v, d_out, logsumexp, delta, segments, scale, interpret)
+    return _backward_q(*args), *_backward_kv(*args), None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+# Blocks of arrays as a program sees them. A walked array is given whole, and its kernel loads the
+# blocks that it visits. The grid is (blocks, heads, B).
+
+
+def _owned(block: int, size: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, block, None, size), lambda i, h, b: (b, i, h, 0))
+
+
+def _owned_vector(block: int) -> pl.BlockSpec:
+    """Of [B H Q]."""
+    return pl.BlockSpec((None, None, block), lambda i, h, b: (b, h, i))
+
+
+def _owned_ids(block: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, block), lambda i, h, b: (b, i))
+
+
+def _walked(length: int, size: int, heads_each: int) -> pl.BlockSpec:
+    """Keys or values under their head of keys for `heads_each` query heads of the grid."""
+    return pl.BlockSpec(
+        (None, length, None, size), lambda i, h, b: (b, 0, jax.lax.div(h, heads_each), 0)
+    )
+
+
+def _walked_ids(length: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, length), lambda i, h, b: (b, 0))
+
+
+def _bounds_spec() -> pl.BlockSpec:
+    return pl.BlockSpec((None, None, 4), lambda i, h, b: (b, i, 0))
+
+
+def _call(kernel: Callable, name: str, tile: Tile, interpret: bool, **specs: Any) -> Callable:
+    return pl.pallas_call(
+        kernel,
+        name=name,
+        interpret=interpret,
+        compiler_params=pltriton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        **specs,
+    )
+
+
+def _matching_ids(segments: Segments) -> tuple[jax.Array, jax.Array]:
+    """Ids that are equal only where both are of one segment: padding of queries is -1."""
+    return jnp.where(segments.q_ids > 0, segments.q_ids, -1), segments.k_ids
+
+
+def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
+    """[m n] in float32. Float32 inputs stay so: Triton would cut them to 10 bits otherwise."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return pltriton.dot(x, y, precision=precision)
+
+
+def _walk(bounds_ref: Any, heads: int, step: Callable, carry: Any) -> Any:
+    """`step(masked, head, block, carry)` for each block between the bounds and each head.
+
+    One loop for blocks with a mask, whatever lies between, and one for those without.
+    """
+    first, stop, start, end = (bounds_ref[n] for n in range(4))
+
+    def masked(turn: jax.Array, carry: Any) -> Any:
+        head, turn = _split(turn, heads, stop - first - (end - start))
+        block = first + turn
+        block += jnp.where(block >= start, end - start, 0)
+        return step(True, head, block, carry)
+
+    def unmasked(turn: jax.Array, carry: Any) -> Any:
+        head, turn = _split(turn, heads, end - start)
+        return step(False, head, start + turn, carry)
+
+    carry = jax.lax.fori_loop(0, heads * (stop - first - (end - start)), masked, carry)
+    return jax.lax.fori_loop(0, heads * (end - start), unmasked, carry)
+
+
+def _split(turn: jax.Array, heads: int, blocks: jax.Array) -> tuple[Any, jax.Array]:
+    """Turn of all heads' blocks -> (head, its turn)."""
+    return (0, turn) if heads == 1 else (jax.lax.div(turn, blocks), jax.lax.rem(turn, blocks))
+
+
+def _visible(ids_x, ids_y, place_x, place_y) -> jax.Array:
+    """Boolean [x y]; places None: both ways, else y is no later than x."""
+    mask = ids_x[:, None] == ids_y[None, :]
+    return mask if place_x is None else mask & (place_x[:, None] >= place_y[None, :])
+
+
+# Forward
+
+
+def _forward(q, k, v, segments: Segments, scale: float, interpret: bool):
+    """(out [B Q H D], logsumexp [B H Q] in base 2, infinite for a query that sees nothing)."""
+    batch, n_q, heads, size = q.shape
+    n_k, groups = k.shape[1], k.shape[2]
+    tile = tiles(size, q.dtype).forward
+    index = segments.q_index
+    q_ids, k_ids = _matching_ids(segments)
+    return _call(
+        functools.partial(_forward_kernel, scale=scale * math.log2(math.e), tile=tile),
+        "segment_attention_forward",
+        tile,
+        interpret,
+        grid=(n_q // tile.q, heads, batch),
+        in_specs=[
+            _owned(tile.q, size),
+            _walked(n_k, size, heads // groups),
+            _walked(n_k, size, heads // groups),
+            _owned_ids(tile.q),
+            _walked_ids(n_k),
+            None if index is None else pl.BlockSpec((tile.q,), lambda i, h, b: (i,)),
+            _bounds_spec(),
+        ],
+        out_specs=[_owned(tile.q, size), _owned_vector(tile.q)],
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, heads, n_q), jnp.float32),
+        ],
+    )(q, k, v, q_ids, k_ids, index, _bounds(segments, tile, 2))
+
+
+def _forward_kernel(
+    q_ref,  # [x D]
+    k_ref,  # [K D]
+    v_ref,  # [K D]
+    q_ids_ref,  # [x]
+    k_ids_ref,  # [K]
+    index_ref,  # [x]
+    bounds_ref,  # [4]
+    out_ref,  # [x D]
+    logsumexp_ref,  # [x]
+    *,
+    scale: float,  # of scores in base 2
+    tile: Tile,
+):
+    q, q_ids = q_ref[...], q_ids_ref[...]
+    q_place = None if index_ref is None else index_ref[...]
+
+    def step(masked: bool, head: Any, block: jax.Array, carry: tuple) -> tuple:
+        out, highest, total = carry
+        keys = pl.ds(block * tile.k, tile.k)
+        scores = _dot(q, k_ref[keys, :].T)  # x y
+        if masked:
+            k_place = None if q_place is None else block * tile.k + jnp.arange(tile.k)
+            mask = _visible(q_ids, k_ids_ref[keys], q_place, k_place)
+            scores = jnp.where(mask, scores, _MASKED)
+        new = jnp.maximum(highest, scores.max(-1) * scale)
+        weights = jnp.exp2(scores * scale - new[:, None])
+        kept = jnp.exp2(highest - new)
+        total = total * kept + weights.sum(-1)
+        v = v_ref[keys, :]
+        return out * kept[:, None] + _dot(weights.astype(v.dtype), v), new, total
+
+    carry = (
+        jnp.zeros(q.shape, jnp.float32),
+        jnp.full((tile.q,), _MASKED * scale, jnp.float32),
+        jnp.zeros((tile.q,), jnp.float32),
+    )
+    out, highest, total = _walk(bounds_ref, 1, step, carry)
+    # Before its first visible key a query gathers equal weights of masked ones; the first real
+    # score wipes them out (kept = 0), and a query that never sees one is left out here.
+    sees = highest > _UNSEEING * scale
+    total = jnp.where(sees, total, 1.0)
+    out_ref[...] = jnp.where(sees[:, None], out / total[:, None], 0.0).astype(out_ref.dtype)
+    logsumexp_ref[...] = jnp.where(sees, highest + jnp.log2(total), jnp.inf)
+
+
+# Backward
+
+
+def _backward_q(q, k, v, d_out, logsumexp, delta, segments: Segments, scale, interpret):
+    """Gradient of q, [B Q H D]."""
+    batch, n_q, heads, size = q.shape
+    n_k, groups = k.shape[1], k.shape[2]
+    tile = tiles(size, q.dtype).dq
+    index = segments.q_index
+    q_ids, k_ids = _matching_ids(segments)
+    return _call(
+        functools.partial(_dq_kernel, scale=scale, tile=tile),
+        "segment_attention_dq",
+        tile,
+        interpret,
+        grid=(n_q // tile.q, heads, batch),
+        in_specs=[
+            _owned(tile.q, size),
+            _walked(n_k, size, heads // groups),
+            _walked(n_k, size, heads // groups),
+            _owned(tile.q, size),
+            _owned_vector(tile.q),
+            _owned_vector(tile.q),
+            _owned_ids(tile.q),
+            _walked_ids(n_k),
+            None if index is None else pl.BlockSpec((tile.q,), lambda i, h, b: (i,)),
+            _bounds_spec(),
+        ],
+        out_specs=_owned(tile.q, size),
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+    )(q, k, v, d_out, logsumexp, delta, q_ids, k_ids, index, _bounds(segments, tile, 2))
+
+
+def _dq_kernel(
+    q_ref,  # [x D]
+    k_ref,  # [K D]
+    v_ref,  # [K D]
+    d_out_ref,  # [x D]
+    logsumexp_ref,  # [x]
+    delta_ref,  # [x]
+    q_ids_ref,  # [x]
+    k_ids_ref,  # [K]
+    index_ref,  # [x]
+    bounds_ref,  # [4]
+    dq_ref,  # [x D]
+    *,
+    scale: float,
+    tile: Tile,
+):
+    q, d_out, q_ids = q_ref[...], d_out_ref[...], q_ids_ref[...]
+    logsumexp, delta = logsumexp_ref[...], delta_ref[...]
+    q_place = None if index_ref is None else index_ref[...]
+
+    def step(masked: bool, head: Any, block: jax.Array, dq: jax.Array) -> jax.Array:
+        keys = pl.ds(block * tile.k, tile.k)
+        k, v = k_ref[keys, :], v_ref[keys, :]
+        scores = _dot(q, k.T)  # x y
+        if masked:
+            k_place = None if q_place is None else block * tile.k + jnp.arange(tile.k)
+            mask = _visible(q_ids, k_ids_ref[keys], q_place, k_place)
+            scores = jnp.where(mask, scores, _MASKED)
+        weights = jnp.exp2(scores * (scale * math.log2(math.e)) - logsumexp[:, None])
+        d_scores = weights * (_dot(d_out, v.T) - delta[:, None])
+        return dq + _dot(d_scores.astype(k.dtype), k)
+
+    dq = _walk(bounds_ref, 1, step, jnp.zeros(q.shape, jnp.float32))
+    dq_ref[...] = (dq * scale).astype(dq_ref.dtype)
+
+
+def _backward_kv(q, k, v, d_out, logsumexp, delta, segments: Segments, scale, interpret):
+    """Gradients of k and v, [B K J D] each."""
+    batch, n_q, heads, size = q.shape
+    n_k, groups = k.shape[1], k.shape[2]
+    each = heads // groups
+    tile = tiles(size, q.dtype).dkv
+    index = segments.q_index
+    q_ids, k_ids = _matching_ids(segments)
+    all_queries = pl.BlockSpec((None, n_q, each, size), lambda i, h, b: (b, 0, h, 0))
+    all_vectors = pl.BlockSpec((None, each, n_q), lambda i, h, b: (b, h, 0))
+    return _call(
+        functools.partial(_dkv_kernel, scale=scale, tile=tile),
+        "segment_attention_dkv",
+        tile,
+        interpret,
+        grid=(n_k // tile.k, groups, batch),
+        in_specs=[
+            all_queries,
+            _owned(tile.k, size),
+            _owned(tile.k, size),
+            all_queries,
+            all_vectors,
+            all_vectors,
+            _walked_ids(n_q),
+            _owned_ids(tile.k),
+            None if index is None else pl.BlockSpec((n_q,), lambda i, h, b: (0,)),
+            _bounds_spec(),
+        ],
+        out_specs=[_owned(tile.k, size), _owned(tile.k, size)],
+        out_shape=[
+            jax.ShapeDtypeStruct(k.shape, k.dtype),
+            jax.ShapeDtypeStruct(v.shape, v.dtype),
+        ],
+    )(q, k, v, d_out, logsumexp, delta, q_ids, k_ids, index, _bounds(segments, tile, 1))
+
+
+def _dkv_kernel(
+    q_ref,  # [Q G D]
+    k_ref,  # [y D]
+    v_ref,  # [y D]
+    d_out_ref,  # [Q G D]
+    logsumexp_ref,  # [G Q]
+    delta_ref,  # [G Q]
+    q_ids_ref,  # [Q]
+    k_ids_ref,  # [y]
+    index_ref,  # [Q]
+    bounds_ref,  # [4]
+    dk_ref,  # [y D]
+    dv_ref,  # [y D]
+    *,
+    scale: float,
+    tile: Tile,
+):
+    """Scores are held keys by queries, [y x], so that the weights feed the matmul as they lie."""
+    k, v, k_ids = k_ref[...], v_ref[...], k_ids_ref[...]
+    k_place = pl.program_id(0) * tile.k + jnp.arange(tile.k)
+
+    def step(masked: bool, head: Any, block: jax.Array, carry: tuple) -> tuple:
+        dk, dv = carry
+        queries = pl.ds(block * tile.q, tile.q)
+        q, d_out = q_ref[queries, head, :], d_out_ref[queries, head, :]
+        scores = _dot(k, q.T)  # y x
+        if masked:
+            mask = k_ids[:, None] == q_ids_ref[queries][None, :]
+            if index_ref is not None:
+                mask &= k_place[:, None] <= index_ref[queries][None, :]
+            scores = jnp.where(mask, scores, _MASKED)
+        logsumexp = logsumexp_ref[head, queries]
+        weights = jnp.exp2(scores * (scale * math.log2(math.e)) - logsumexp[None, :])
+        dv += _dot(weights.astype(d_out.dtype), d_out)
+        d_scores = weights * (_dot(v, d_out.T) - delta_ref[head, queries][None, :])
+        return dk + _dot(d_scores.astype(q.dtype), q), dv
+
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    dk, dv = _walk(bounds_ref, logsumexp_ref.shape[0], step, (zeros, zeros))
+    dk_ref[...] = (dk * scale).astype(dk_ref.dtype)
+    dv_ref[...] = dv.astype(dv_ref.dtype)
