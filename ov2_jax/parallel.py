@@ -8,6 +8,7 @@ Gradients: what a device differentiates is its own share of the loss, and all sh
 transposes of gathers and scatters then are each other, and nothing needs a rule of its own.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -40,36 +41,48 @@ def axis_index(*axes: str) -> jax.Array | int:
     return jax.lax.axis_index(over(*axes)) if over(*axes) else 0
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:
     """All devices' parts, one behind the other along `axis`."""
-    for name, groups in reversed(_stages(axes)):
+    for name, groups in _stages(axes):
         x = jax.lax.all_gather(x, name, axis=axis, axis_index_groups=groups, tiled=True)
     return x
 
 
+def _gather_forward(x: jax.Array, axes: tuple[str, ...], axis: int) -> tuple[jax.Array, None]:
+    return gather(x, axes, axis), None
+
+
+def _gather_backward(
+    axes: tuple[str, ...], axis: int, saved: None, gradient: jax.Array
+) -> tuple[jax.Array]:
+    del saved
+    return (scatter_sum(gradient, axes, axis),)
+
+
+gather.defvjp(_gather_forward, _gather_backward)
+
+
 def scatter_sum(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:
     """The sum over the devices, of which each keeps its part along `axis`."""
-    for name, groups in _stages(axes):
-        x = jax.lax.psum_scatter(
-            x, name, scatter_dimension=axis, axis_index_groups=groups, tiled=True
-        )
-    return x
+    names = over(*axes)
+    return jax.lax.psum_scatter(x, names, scatter_dimension=axis, tiled=True) if names else x
 
 
 def _stages(axes: tuple[str, ...]) -> list[tuple[str, list[list[int]] | None]]:
-    """The axes one after the other, the outermost first; an axis of all devices in two stages.
+    """The axes one after the other, the innermost first; an axis of all devices in two stages.
 
-    The bytes are the same in stages. But what goes over all chips of a slice in one operation, XLA
-    makes an all-reduce of the whole array on a TPU (v5p; on v6e the scatter): twice the bytes.
+    The bytes are the same in stages. A gather over all chips of a v5p slice in one operation is
+    compiled to an all-reduce of the whole array: twice the bytes.
     """
     names = over(*axes)
-    if len(names) > 1 or not names:
-        return [(name, None) for name in names]
+    if len(names) != 1:
+        return [(name, None) for name in reversed(names)]
     n = axis_size(*names)
     if n < axis_size(*AXES) or n % 4 or n < 16:
         return [(names[0], None)]
-    ids = [list(range(first, first + 4)) for first in range(0, n, 4)]
-    return [(names[0], [list(g) for g in zip(*ids, strict=True)]), (names[0], ids)]
+    near = [list(range(first, first + 4)) for first in range(0, n, 4)]
+    return [(names[0], near), (names[0], [list(group) for group in zip(*near, strict=True)])]
 
 
 def total(x: Any, axes: tuple[str, ...] = AXES) -> Any:

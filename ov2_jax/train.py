@@ -8,6 +8,7 @@ wrong is said before the accelerator is touched.
 
 import collections
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from ov2_jax.data.errors import DataError
 from ov2_jax.data.loader import StepInfo, make_loader
 from ov2_jax.data.tokenizer import load_tokenizer
 from ov2_jax.exit_codes import BROKEN, INTERRUPTED
-from ov2_jax.model.attention import choose
+from ov2_jax.model.attention import first_working
 from ov2_jax.model.config import ConfigError
 from ov2_jax.sharding import make_mesh
 from ov2_jax.training.checkpoint import RunCheckpoints, latest_step
@@ -215,7 +216,9 @@ def _train(experiment: Experiment, stack: contextlib.ExitStack) -> int:
     if first_process:
         (workdir / "config.json").write_text(json.dumps(config, indent=2))
 
-    train_step = jit_train_step(experiment, state)
+    kernel, kernel_notes = first_working(experiment.compute.attention)
+    compute = dataclasses.replace(experiment.compute, attention=(kernel,))
+    train_step = jit_train_step(dataclasses.replace(experiment, compute=compute), state)
     writer = stack.enter_context(
         MetricWriter(
             workdir,
@@ -228,9 +231,8 @@ def _train(experiment: Experiment, stack: contextlib.ExitStack) -> int:
     )
     watcher = stack.enter_context(ThreadPoolExecutor(1))
     writer.say(f"{'Resuming' if step else 'Starting'} at step {step} on mesh {dict(mesh.shape)}")
-    kernel = choose(experiment.compute.attention, jax.default_backend())
     writer.say(f"Attention kernel: {kernel}; remat: {experiment.compute.remat}")
-    for note in notes:
+    for note in (*notes, *kernel_notes):
         writer.say(note)
     # Transfers that nobody asked for are errors: each would stall the devices at every step.
     with jax.set_mesh(mesh), jax.transfer_guard("disallow"):

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from ov2_jax.model.attention import plain, splash
+from ov2_jax.model.attention import plain, splash, triton, xla
 from ov2_jax.model.attention.blocks import Segments, row_segments, visible, visited_blocks
 from ov2_jax.model.attention.plain import masked_attention
 
@@ -19,6 +20,7 @@ __all__ = [
     "Segments",
     "attention",
     "choose",
+    "first_working",
     "masked_attention",
     "row_segments",
     "visible",
@@ -37,7 +39,8 @@ class Backend(NamedTuple):
 # In order of preference.
 BACKENDS = {
     "splash": Backend(splash.attention, ("tpu",)),
-    "xla": Backend(plain.attention, ("tpu", "gpu", "cpu")),
+    "triton": Backend(triton.attention, ("gpu",)),
+    "xla": Backend(xla.attention, ("tpu", "gpu", "cpu")),
 }
 
 
@@ -48,6 +51,50 @@ def choose(order: Sequence[str], platform: str) -> str:
         if BACKENDS[name].is_supported(platform):
             return name
     raise ValueError(f"compute.attention {tuple(order)} has nothing that runs on a {platform}.")
+
+
+def first_working(order: Sequence[str]) -> tuple[str, list[str]]:
+    """The first backend of `order` that compiles here and is right, and why others are not taken.
+
+    Kernels depend on the very chip and driver. A row of three samples and padding is run through
+    each, forward and backward, before a run relies on it.
+    """
+    notes = []
+    for name in order:
+        if not BACKENDS[name].is_supported(jax.default_backend()):
+            continue
+        try:
+            error = _error_of(BACKENDS[name].attention)
+        except Exception as e:  # whatever a compiler raises: the next one is tried
+            notes.append(f"Attention kernel {name} is not used: {type(e).__name__}: {str(e)[:500]}")
+            continue
+        if error < 0.02:
+            return name, notes
+        notes.append(f"Attention kernel {name} is not used: its results are off by {error:.2g}.")
+    raise ValueError(
+        f"compute.attention {tuple(order)} has nothing that works on a {jax.default_backend()}."
+    )
+
+
+def _error_of(backend: Callable[..., jax.Array]) -> float:
+    """Difference from the whole score matrix over its norm, the largest of result and gradients.
+    In bfloat16 right ones have some 0.005."""
+    ids = jnp.repeat(jnp.array([1, 2, 3, 0]), jnp.array([100, 300, 60, 52]))[None]
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (1, 512, 4, 128), (1, 512, 2, 128), (1, 512, 2, 128)
+    qkv = [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=True)]
+    segments = row_segments(ids, causal=True)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(attention: Callable[..., jax.Array], qkv: list[jax.Array]) -> list[jax.Array]:
+        out, pull = jax.vjp(lambda *x: attention(*x, segments), *qkv)
+        return [out, *pull(out)]
+
+    got, want = (jax.device_get(run(f, qkv)) for f in (backend, plain.attention))
+    got, want = ([x.astype("float32") for x in side] for side in (got, want))
+    return max(
+        float(jnp.linalg.norm(g - w) / jnp.linalg.norm(w)) for g, w in zip(got, want, strict=True)
+    )
 
 
 def attention(

@@ -367,7 +367,6 @@ def _forward_kernel(
     logsumexp_ref[...] = jnp.where(blind, jnp.inf, highest + jnp.log2(total))
 
 
-
 # Backward
 
 
