@@ -1,8 +1,10 @@
 """The GPU kernels of attention: their numbers in interpret mode, their Triton code for CUDA."""
 
+import functools
 import importlib.util
 
 import jax
+import jax.ad_checkpoint
 import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
@@ -32,26 +34,24 @@ def arrays(segments: Segments, heads: int, groups: int, size: int, dtype=jnp.flo
     return [jnp.asarray(random.normal(size=(batch, *s, size)), dtype) for s in shapes]
 
 
-def ours(segments: Segments):
-    return lambda q, k, v: triton.attention(q, k, v, segments, interpret=True)
+def ours(q, k, v, segments: Segments) -> jax.Array:
+    return triton.attention(q, k, v, segments, interpret=True)
 
 
-def plain(segments: Segments):
-    def attend(q, k, v):
-        mask = visible(segments)
-        out = masked_attention(q, k, v, mask)
-        return jnp.where(mask.any(-1)[..., None, None], out, 0)
-
-    return attend
+def plain(q, k, v, segments: Segments) -> jax.Array:
+    mask = visible(segments)
+    return jnp.where(mask.any(-1)[..., None, None], masked_attention(q, k, v, mask), 0)
 
 
-def value_and_gradients(attend, q, k, v, d_out) -> list[np.ndarray]:
-    @jax.jit
-    def run(q, k, v, d_out):
-        out, pull = jax.vjp(attend, q, k, v)
-        return out, *pull(d_out)
+def value_and_gradients(attend, segments, q, k, v, d_out) -> list[np.ndarray]:
+    """Output and gradients of q, k and v."""
+    return [np.asarray(x, np.float32) for x in _run(attend, segments, q, k, v, d_out)]
 
-    return [np.asarray(x, np.float32) for x in run(q, k, v, d_out)]
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(attend, segments, q, k, v, d_out):
+    out, pull = jax.vjp(lambda *x: attend(*x, segments), q, k, v)
+    return out, *pull(d_out)
 
 
 def errors(got, want) -> list[float]:
@@ -59,12 +59,12 @@ def errors(got, want) -> list[float]:
 
 
 ROWS = {
-    "windows": row_segments(packed(37, 150, 16, 129, total=360), causal=False),
-    "one window": row_segments(packed(384, total=384), causal=False),
+    "windows": row_segments(packed(37, 150, 16, 129, total=401), causal=False),
+    "one window": row_segments(packed(401, total=401), causal=False),
     "ids that come back": row_segments(
-        packed(140, 130, 100, total=400, ids=(2, 1, 2)), causal=False
+        packed(140, 130, 100, total=401, ids=(2, 1, 2)), causal=False
     ),
-    "samples": row_segments(packed(5, 200, 90, total=300), causal=True),
+    "samples": row_segments(packed(5, 200, 90, total=401), causal=True),
     "one sample": row_segments(packed(401, total=401), causal=True),
     "two rows": row_segments(
         jnp.concatenate([packed(260, total=260), packed(3, 100, total=260)]), causal=True
@@ -77,8 +77,8 @@ ROWS = {
 def test_as_plain_attention(name, size):
     heads, groups = {64: (2, 2), 80: (1, 1), 128: (6, 2)}[size]
     inputs = arrays(ROWS[name], heads, groups, size)
-    got = value_and_gradients(ours(ROWS[name]), *inputs)
-    want = value_and_gradients(plain(ROWS[name]), *inputs)
+    got = value_and_gradients(ours, ROWS[name], *inputs)
+    want = value_and_gradients(plain, ROWS[name], *inputs)
     assert max(errors(got, want)) < FLOAT32
 
 
@@ -91,8 +91,8 @@ def test_queries_of_some_places_against_all_keys(ranks):
     index = index.astype(jnp.int32)
     segments = Segments(k_ids[:, index], k_ids, index)
     inputs = arrays(segments, 2, 1, 64)
-    got = value_and_gradients(ours(segments), *inputs)
-    assert max(errors(got, value_and_gradients(plain(segments), *inputs))) < FLOAT32
+    got = value_and_gradients(ours, segments, *inputs)
+    assert max(errors(got, value_and_gradients(plain, segments, *inputs))) < FLOAT32
 
 
 def test_queries_in_any_order():
@@ -100,21 +100,24 @@ def test_queries_in_any_order():
     index = jnp.asarray(np.random.default_rng(1).permutation(300), jnp.int32)
     segments = Segments(k_ids[:, index], k_ids, index)
     inputs = arrays(segments, 2, 2, 64)
-    got = value_and_gradients(ours(segments), *inputs)
-    assert max(errors(got, value_and_gradients(plain(segments), *inputs))) < FLOAT32
+    got = value_and_gradients(ours, segments, *inputs)
+    assert max(errors(got, value_and_gradients(plain, segments, *inputs))) < FLOAT32
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed_is_unpacked(causal):
-    lengths = (70, 129, 200, 1)
-    together = row_segments(packed(*lengths, total=420), causal=causal)
+    lengths = (70, 129, 201, 1)
+    together = row_segments(packed(*lengths, total=401), causal=causal)
     inputs = arrays(together, 2, 1, 64)
-    got = value_and_gradients(ours(together), *inputs)
+    got = value_and_gradients(ours, together, *inputs)
     start = 0
     for n in lengths:
-        alone = row_segments(packed(n, total=n), causal=causal)
-        want = value_and_gradients(ours(alone), *(x[:, start : start + n] for x in inputs))
-        assert max(errors([x[:, start : start + n] for x in got], want)) < FLOAT32
+        alone = row_segments(packed(n, total=401), causal=causal)
+        own = [jnp.roll(x, -start, 1) for x in inputs]  # in a row alone, from its start
+        want = value_and_gradients(ours, alone, *own)
+        assert max(errors([x[:, start : start + n] for x in got], [x[:, :n] for x in want])) < (
+            FLOAT32
+        )
         start += n
 
 
@@ -122,23 +125,23 @@ def test_packed_is_unpacked(causal):
 def test_padding_is_zero(causal):
     ids = jnp.concatenate([packed(100, total=300), packed(total=300)])
     segments = row_segments(ids, causal=causal)
-    for x in value_and_gradients(ours(segments), *arrays(segments, 2, 1, 64)):
+    for x in value_and_gradients(ours, segments, *arrays(segments, 2, 1, 64)):
         assert np.isfinite(x).all()
         assert np.abs(x[0, :100]).max() > 0
         assert np.abs(x[0, 100:]).max() == 0
         assert np.abs(x[1]).max() == 0
 
 
-@pytest.mark.parametrize(("size", "causal"), [(64, False), (64, True), (128, False), (128, True)])
+@pytest.mark.parametrize(("size", "causal"), [(64, False), (128, True)])
 def test_bfloat16(size, causal):
     """In blocks of their own; 187 to 255 share one with keys that they do not see."""
     segments = row_segments(packed(37, 150, 100, total=300), causal=causal)
     inputs = arrays(segments, 4, 2, size, jnp.bfloat16)
     got = triton.attention(*inputs[:3], segments, interpret=True)
     assert got.dtype == jnp.bfloat16
-    got = value_and_gradients(ours(segments), *inputs)
+    got = value_and_gradients(ours, segments, *inputs)
     inputs = [x.astype(jnp.float32) for x in inputs]
-    want = value_and_gradients(plain(segments), *inputs)
+    want = value_and_gradients(plain, segments, *inputs)
     for g, w in zip(got, want, strict=True):
         assert (np.abs(g - w) <= BFLOAT16 * np.maximum(1, np.abs(w))).all()
 
@@ -149,8 +152,8 @@ def test_blocks_of_other_segments_are_not_touched():
     q, k, v, d_out = arrays(segments, 1, 1, 64)
     spoiled = [x.at[:, 512:].set(jnp.nan) for x in (q, k, v, d_out)]
     for got, want in zip(
-        value_and_gradients(ours(segments), *spoiled),
-        value_and_gradients(ours(segments), q, k, v, d_out),
+        value_and_gradients(ours, segments, *spoiled),
+        value_and_gradients(ours, segments, q, k, v, d_out),
         strict=True,
     ):
         np.testing.assert_array_equal(got[:, :512], want[:, :512])
@@ -168,18 +171,15 @@ def test_many_windows_cost_their_sum():
         assert true / 2 < entries < 1.15 * true / 2
 
 
-def test_remat_can_keep_the_result():
-    segments = row_segments(packed(100, total=100), causal=True)
+def test_remat_can_keep_the_result(capsys):
+    """Output and logsumexp by name; then the backward pass has no use for the forward kernel."""
+    segments = row_segments(packed(128, total=128), causal=True)
     q, k, v, _ = arrays(segments, 2, 1, 64)
-
-    def forwards(policy) -> int:
-        attend = jax.checkpoint(lambda *x: (ours(segments)(*x) ** 2).sum(), policy=policy)
-        return str(jax.make_jaxpr(jax.grad(attend))(q, k, v)).count(
-            "name=segment_attention_forward"
-        )
-
-    assert forwards(jax.checkpoint_policies.save_only_these_names("attention")) == 1
-    assert forwards(jax.checkpoint_policies.nothing_saveable) == 2
+    policy = jax.checkpoint_policies.save_only_these_names("attention")
+    attend = jax.checkpoint(lambda *x: (ours(*x, segments) ** 2).sum(), policy=policy)
+    jax.ad_checkpoint.print_saved_residuals(attend, q, k, v)
+    kept = [x for x in capsys.readouterr().out.splitlines() if "attention" in x]
+    assert [x.split()[0] for x in kept] == ["f32[1,128,2,64]", "f32[1,2,128]"]
 
 
 def test_what_it_refuses():

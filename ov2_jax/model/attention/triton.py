@@ -10,39 +10,27 @@ Method: FlashAttention-2 (https://arxiv.org/abs/2307.08691). Matmuls take the in
 up in float32, softmax and logsumexp are float32.
 
 Dimension letters: B rows, Q queries and K keys of a row, H heads, J key/value heads, D head size;
-G = H / J query heads share a key/value head. x, y: rows and columns of a block.
+G = H / J query heads share a key/value head.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from ov2_jax.model.attention import triton_kernels as kernels
 from ov2_jax.model.attention.blocks import Segments, visited_blocks
+from ov2_jax.model.attention.triton_kernels import Tile
 
 MAX_HEAD_SIZE = 128
-_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
-# Where a query's maximum starts: above masked scores, whose weights are then exactly 0. Started at
-# _MASKED, exp2(score * scale - maximum) was infinite before a query's first visible key, since a
-# fused multiply-add does not round the product and 2**-24 of 1e37 is left.
-_LOWEST = -0.5 * float(jnp.finfo(jnp.float32).max)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """Block of scores that a program holds at a time, and how Triton is to run it."""
-
-    q: int
-    k: int
-    warps: int
-    stages: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +44,8 @@ class Tiles:
 
 # By bytes of an element and padded head size. Compiled for sm_90, the two-byte kernels take 120 to
 # 241 registers a thread, spill none, and at most 161 KB of shared memory (an A100 has 163, an H100
-# 227). Float32 is there to compare with: its matmuls use no tensor cores.
+# 227). Chosen by that, not timed on a GPU. Float32 is there to compare with: its matmuls use no
+# tensor cores.
 _TILES = {
     (2, 64): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)),
     (2, 128): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
@@ -100,10 +89,12 @@ def attention(
         return jnp.pad(x, [(0, 0), (0, -x.shape[1] % step), (0, 0), (0, channels)])
 
     out = _attention(
-        padded(q, step_q),
-        padded(k, step_k),
-        padded(v, step_k),
-        _padded_segments(segments, step_q, step_k),
+        _Inputs(
+            padded(q, step_q),
+            padded(k, step_k),
+            padded(v, step_k),
+            _padded_segments(segments, step_q, step_k),
+        ),
         size**-0.5,
         interpret,
     )
@@ -112,11 +103,11 @@ def attention(
 
 def computed_scores(
     segments: Segments, head_size: int, dtype: jax.typing.DTypeLike
-) -> dict[str, jax.Array]:
+) -> dict[str, int]:
     """Entries of the score matrix that each kernel computes for a head, all rows together.
 
-    Counted from the bounds that the kernels walk; to hold against the sum of squared windows (half
-    of it where attention is causal).
+    Counted from the bounds that the kernels walk; to hold against the sum of squared windows, or
+    the lower halves of those squares where attention is causal.
     """
     plan = tiles(head_size, dtype)
     counts = {}
@@ -125,8 +116,9 @@ def computed_scores(
         ("dq", plan.dq, 2),
         ("dkv", plan.dkv, 1),
     ):
-        bounds = _bounds(_padded_segments(segments, tile.q, tile.k), tile, axis)
-        counts[name] = (bounds[..., 1] - bounds[..., 0]).sum() * tile.q * tile.k
+        bounds = np.asarray(_bounds(_padded_segments(segments, tile.q, tile.k), tile, axis))
+        blocks = (bounds[..., 1] - bounds[..., 0]).sum(dtype=np.int64)
+        counts[name] = int(blocks) * tile.q * tile.k
     return counts
 
 
@@ -183,23 +175,49 @@ def _unmasked_blocks(segments: Segments, tile: Tile) -> jax.Array:
     return whole & (earliest[:, None] >= last_key)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(q, k, v, segments: Segments, scale: float, interpret: bool) -> jax.Array:
-    return _forward(q, k, v, segments, scale, interpret)[0]
+class _Inputs(NamedTuple):
+    """Padded to whole blocks."""
+
+    q: jax.Array  # [B Q H D]
+    k: jax.Array  # [B K J D]
+    v: jax.Array  # [B K J D]
+    segments: Segments
 
 
-def _attention_forward(q, k, v, segments: Segments, scale: float, interpret: bool):
-    out, logsumexp = _forward(q, k, v, segments, scale, interpret)
+class _Slopes(NamedTuple):
+    """What the backward pass needs beside the inputs."""
+
+    d_out: jax.Array  # [B Q H D]
+    logsumexp: jax.Array  # float32 [B H Q], in base 2
+    delta: jax.Array  # float32 [B H Q]: sum of out * d_out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _attention(inputs: _Inputs, scale: float, interpret: bool) -> jax.Array:
+    return _forward(inputs, scale, interpret)[0]
+
+
+def _attention_forward(
+    inputs: _Inputs, scale: float, interpret: bool
+) -> tuple[jax.Array, tuple[_Inputs, jax.Array, jax.Array]]:
+    out, logsumexp = _forward(inputs, scale, interpret)
     out = checkpoint_name(out, "attention")
     logsumexp = checkpoint_name(logsumexp, "attention")
-    return out, (q, k, v, segments, out, logsumexp)
+    return out, (inputs, out, logsumexp)
 
 
-def _attention_backward(scale: float, interpret: bool, residuals, d_out):
-    q, k, v, segments, out, logsumexp = residuals
+def _attention_backward(
+    scale: float,
+    interpret: bool,
+    residuals: tuple[_Inputs, jax.Array, jax.Array],
+    d_out: jax.Array,
+) -> tuple[_Inputs]:
+    inputs, out, logsumexp = residuals
     delta = jnp.einsum("bqhd,bqhd->bhq", out, d_out, preferred_element_type=jnp.float32)
-    args = (q, k, v, d_out, logsumexp, delta, segments, scale, interpret)
-    return _backward_q(*args), *_backward_kv(*args), None
+    slopes = _Slopes(d_out, logsumexp, delta)
+    dq = _backward_q(inputs, slopes, scale, interpret)
+    dk, dv = _backward_kv(inputs, slopes, scale, interpret)
+    return (_Inputs(dq, dk, dv, None),)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -252,56 +270,16 @@ def _matching_ids(segments: Segments) -> tuple[jax.Array, jax.Array]:
     return jnp.where(segments.q_ids > 0, segments.q_ids, -1), segments.k_ids
 
 
-def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
-    """[m n] in float32. Float32 inputs stay so: Triton would cut them to 10 bits otherwise."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return pltriton.dot(x, y, precision=precision)
-
-
-def _walk(bounds_ref: Any, heads: int, step: Callable, carry: Any) -> Any:
-    """`step(masked, head, block, carry)` for each block between the bounds and each head.
-
-    One loop for blocks with a mask, whatever lies between, and one for those without.
-    """
-    first, stop, start, end = (bounds_ref[n] for n in range(4))
-
-    def masked(turn: jax.Array, carry: Any) -> Any:
-        head, turn = _split(turn, heads, stop - first - (end - start))
-        block = first + turn
-        block += jnp.where(block >= start, end - start, 0)
-        return step(True, head, block, carry)
-
-    def unmasked(turn: jax.Array, carry: Any) -> Any:
-        head, turn = _split(turn, heads, end - start)
-        return step(False, head, start + turn, carry)
-
-    carry = jax.lax.fori_loop(0, heads * (stop - first - (end - start)), masked, carry)
-    return jax.lax.fori_loop(0, heads * (end - start), unmasked, carry)
-
-
-def _split(turn: jax.Array, heads: int, blocks: jax.Array) -> tuple[Any, jax.Array]:
-    """Turn of all heads' blocks -> (head, its turn)."""
-    return (0, turn) if heads == 1 else (jax.lax.div(turn, blocks), jax.lax.rem(turn, blocks))
-
-
-def _visible(ids_x, ids_y, place_x, place_y) -> jax.Array:
-    """Boolean [x y]; places None: both ways, else y is no later than x."""
-    mask = ids_x[:, None] == ids_y[None, :]
-    return mask if place_x is None else mask & (place_x[:, None] >= place_y[None, :])
-
-
-# Forward
-
-
-def _forward(q, k, v, segments: Segments, scale: float, interpret: bool):
+def _forward(inputs: _Inputs, scale: float, interpret: bool) -> tuple[jax.Array, jax.Array]:
     """(out [B Q H D], logsumexp [B H Q] in base 2, infinite for a query that sees nothing)."""
+    q, k, v, segments = inputs
     batch, n_q, heads, size = q.shape
     n_k, groups = k.shape[1], k.shape[2]
     tile = tiles(size, q.dtype).forward
     index = segments.q_index
     q_ids, k_ids = _matching_ids(segments)
     return _call(
-        functools.partial(_forward_kernel, scale=scale * math.log2(math.e), tile=tile),
+        functools.partial(kernels.forward_kernel, scale=scale * math.log2(math.e), tile=tile),
         "segment_attention_forward",
         tile,
         interpret,
@@ -323,62 +301,16 @@ def _forward(q, k, v, segments: Segments, scale: float, interpret: bool):
     )(q, k, v, q_ids, k_ids, index, _bounds(segments, tile, 2))
 
 
-def _forward_kernel(
-    q_ref,  # [x D]
-    k_ref,  # [K D]
-    v_ref,  # [K D]
-    q_ids_ref,  # [x]
-    k_ids_ref,  # [K]
-    index_ref,  # [x]
-    bounds_ref,  # [4]
-    out_ref,  # [x D]
-    logsumexp_ref,  # [x]
-    *,
-    scale: float,  # of scores in base 2
-    tile: Tile,
-):
-    q, q_ids = q_ref[...], q_ids_ref[...]
-    q_place = None if index_ref is None else index_ref[...]
-
-    def step(masked: bool, head: Any, block: jax.Array, carry: tuple) -> tuple:
-        out, highest, total = carry
-        keys = pl.ds(block * tile.k, tile.k)
-        scores = _dot(q, k_ref[keys, :].T)  # x y
-        if masked:
-            k_place = None if q_place is None else block * tile.k + jnp.arange(tile.k)
-            mask = _visible(q_ids, k_ids_ref[keys], q_place, k_place)
-            scores = jnp.where(mask, scores, _MASKED)
-        new = jnp.maximum(highest, scores.max(-1) * scale)
-        weights = jnp.exp2(scores * scale - new[:, None])
-        kept = jnp.exp2(highest - new)
-        total = total * kept + weights.sum(-1)
-        v = v_ref[keys, :]
-        return out * kept[:, None] + _dot(weights.astype(v.dtype), v), new, total
-
-    carry = (
-        jnp.zeros(q.shape, jnp.float32),
-        jnp.full((tile.q,), _LOWEST * scale, jnp.float32),
-        jnp.zeros((tile.q,), jnp.float32),
-    )
-    out, highest, total = _walk(bounds_ref, 1, step, carry)
-    blind = total == 0  # sees no key at all
-    total = jnp.where(blind, 1.0, total)
-    out_ref[...] = jnp.where(blind[:, None], 0.0, out / total[:, None]).astype(out_ref.dtype)
-    logsumexp_ref[...] = jnp.where(blind, jnp.inf, highest + jnp.log2(total))
-
-
-# Backward
-
-
-def _backward_q(q, k, v, d_out, logsumexp, delta, segments: Segments, scale, interpret):
+def _backward_q(inputs: _Inputs, slopes: _Slopes, scale: float, interpret: bool) -> jax.Array:
     """Gradient of q, [B Q H D]."""
+    q, k, v, segments = inputs
     batch, n_q, heads, size = q.shape
     n_k, groups = k.shape[1], k.shape[2]
     tile = tiles(size, q.dtype).dq
     index = segments.q_index
     q_ids, k_ids = _matching_ids(segments)
     return _call(
-        functools.partial(_dq_kernel, scale=scale, tile=tile),
+        functools.partial(kernels.dq_kernel, scale=scale, tile=tile),
         "segment_attention_dq",
         tile,
         interpret,
@@ -397,47 +329,14 @@ def _backward_q(q, k, v, d_out, logsumexp, delta, segments: Segments, scale, int
         ],
         out_specs=_owned(tile.q, size),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-    )(q, k, v, d_out, logsumexp, delta, q_ids, k_ids, index, _bounds(segments, tile, 2))
+    )(q, k, v, *slopes, q_ids, k_ids, index, _bounds(segments, tile, 2))
 
 
-def _dq_kernel(
-    q_ref,  # [x D]
-    k_ref,  # [K D]
-    v_ref,  # [K D]
-    d_out_ref,  # [x D]
-    logsumexp_ref,  # [x]
-    delta_ref,  # [x]
-    q_ids_ref,  # [x]
-    k_ids_ref,  # [K]
-    index_ref,  # [x]
-    bounds_ref,  # [4]
-    dq_ref,  # [x D]
-    *,
-    scale: float,
-    tile: Tile,
-):
-    q, d_out, q_ids = q_ref[...], d_out_ref[...], q_ids_ref[...]
-    logsumexp, delta = logsumexp_ref[...], delta_ref[...]
-    q_place = None if index_ref is None else index_ref[...]
-
-    def step(masked: bool, head: Any, block: jax.Array, dq: jax.Array) -> jax.Array:
-        keys = pl.ds(block * tile.k, tile.k)
-        k, v = k_ref[keys, :], v_ref[keys, :]
-        scores = _dot(q, k.T)  # x y
-        if masked:
-            k_place = None if q_place is None else block * tile.k + jnp.arange(tile.k)
-            mask = _visible(q_ids, k_ids_ref[keys], q_place, k_place)
-            scores = jnp.where(mask, scores, _MASKED)
-        weights = jnp.exp2(scores * (scale * math.log2(math.e)) - logsumexp[:, None])
-        d_scores = weights * (_dot(d_out, v.T) - delta[:, None])
-        return dq + _dot(d_scores.astype(k.dtype), k)
-
-    dq = _walk(bounds_ref, 1, step, jnp.zeros(q.shape, jnp.float32))
-    dq_ref[...] = (dq * scale).astype(dq_ref.dtype)
-
-
-def _backward_kv(q, k, v, d_out, logsumexp, delta, segments: Segments, scale, interpret):
+def _backward_kv(
+    inputs: _Inputs, slopes: _Slopes, scale: float, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
     """Gradients of k and v, [B K J D] each."""
+    q, k, v, segments = inputs
     batch, n_q, heads, size = q.shape
     n_k, groups = k.shape[1], k.shape[2]
     each = heads // groups
@@ -447,7 +346,7 @@ def _backward_kv(q, k, v, d_out, logsumexp, delta, segments: Segments, scale, in
     all_queries = pl.BlockSpec((None, n_q, each, size), lambda i, h, b: (b, 0, h, 0))
     all_vectors = pl.BlockSpec((None, each, n_q), lambda i, h, b: (b, h, 0))
     return _call(
-        functools.partial(_dkv_kernel, scale=scale, tile=tile),
+        functools.partial(kernels.dkv_kernel, scale=scale, tile=tile),
         "segment_attention_dkv",
         tile,
         interpret,
@@ -469,47 +368,4 @@ def _backward_kv(q, k, v, d_out, logsumexp, delta, segments: Segments, scale, in
             jax.ShapeDtypeStruct(k.shape, k.dtype),
             jax.ShapeDtypeStruct(v.shape, v.dtype),
         ],
-    )(q, k, v, d_out, logsumexp, delta, q_ids, k_ids, index, _bounds(segments, tile, 1))
-
-
-def _dkv_kernel(
-    q_ref,  # [Q G D]
-    k_ref,  # [y D]
-    v_ref,  # [y D]
-    d_out_ref,  # [Q G D]
-    logsumexp_ref,  # [G Q]
-    delta_ref,  # [G Q]
-    q_ids_ref,  # [Q]
-    k_ids_ref,  # [y]
-    index_ref,  # [Q]
-    bounds_ref,  # [4]
-    dk_ref,  # [y D]
-    dv_ref,  # [y D]
-    *,
-    scale: float,
-    tile: Tile,
-):
-    """Scores are held keys by queries, [y x], so that the weights feed the matmul as they lie."""
-    k, v, k_ids = k_ref[...], v_ref[...], k_ids_ref[...]
-    k_place = pl.program_id(0) * tile.k + jnp.arange(tile.k)
-
-    def step(masked: bool, head: Any, block: jax.Array, carry: tuple) -> tuple:
-        dk, dv = carry
-        queries = pl.ds(block * tile.q, tile.q)
-        q, d_out = q_ref[queries, head, :], d_out_ref[queries, head, :]
-        scores = _dot(k, q.T)  # y x
-        if masked:
-            mask = k_ids[:, None] == q_ids_ref[queries][None, :]
-            if index_ref is not None:
-                mask &= k_place[:, None] <= index_ref[queries][None, :]
-            scores = jnp.where(mask, scores, _MASKED)
-        logsumexp = logsumexp_ref[head, queries]
-        weights = jnp.exp2(scores * (scale * math.log2(math.e)) - logsumexp[None, :])
-        dv += _dot(weights.astype(d_out.dtype), d_out)
-        d_scores = weights * (_dot(v, d_out.T) - delta_ref[head, queries][None, :])
-        return dk + _dot(d_scores.astype(q.dtype), q), dv
-
-    zeros = jnp.zeros(k.shape, jnp.float32)
-    dk, dv = _walk(bounds_ref, logsumexp_ref.shape[0], step, (zeros, zeros))
-    dk_ref[...] = (dk * scale).astype(dk_ref.dtype)
-    dv_ref[...] = dv.astype(dv_ref.dtype)
+    )(q, k, v, *slopes, q_ids, k_ids, index, _bounds(segments, tile, 1))
