@@ -42,10 +42,10 @@ class Tiles:
     dkv: Tile
 
 
-# By bytes of an element and padded head size. As XLA compiles them for an H100, the two-byte kernels
-# take 118 to 241 registers a thread and spill none; shared memory is at most 161 KB (an A100 has
-# 163, an H100 227). Chosen by that, not timed on a GPU. Float32 is there to compare with: its
-# matmuls use no tensor cores, and it spills.
+# By bytes of an element and padded head size. As XLA compiles them for an H100, the two-byte
+# kernels take 118 to 241 registers a thread and spill none; shared memory is at most 161 KB (an
+# A100 has 163, an H100 227). Chosen by that, not timed on a GPU. Float32 is there to compare with:
+# its matmuls use no tensor cores, and it spills.
 _TILES = {
     (2, 64): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)),
     (2, 128): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
