@@ -1,0 +1,35 @@
+"""The experiment that a plan is of: a config's, without the data and checkpoint that a run needs."""
+
+from ml_collections import ConfigDict
+
+from launch.accelerators import LaunchError, Tpu
+from ov2_jax.sharding import data_shards
+from ov2_jax.training.config import Experiment, experiment_from
+
+
+def planned_experiment(config: ConfigDict) -> Experiment:
+    """Checks a config and builds its experiment; raises ConfigError.
+
+    A plan reads no sample and no parameter, so none has to be named.
+    """
+    config = config.copy_and_resolve_references()
+    with config.unlocked(), config.ignore_type():
+        config.init_from = config.get("init_from") or "unused"
+        config.tokenizer = None
+        sources = tuple(dict(s) for s in config.data.get("sources") or ({},))
+        config.data.sources = tuple(
+            s if s.get("path") or s.get("sources") else s | {"path": "unused.jsonl"}
+            for s in sources
+        )
+    return experiment_from(config, needs_workdir=False)
+
+
+def check(experiment: Experiment, tpu: Tpu) -> dict[str, int]:
+    """The mesh's sizes on a slice; raises ConfigError where it cannot work, LaunchError where the
+    slice has no mesh of its own."""
+    sizes = experiment.mesh.sizes(tpu.chips)
+    if any(size < 1 for size in sizes.values()):
+        raise LaunchError(f"the mesh {sizes} has no place on {tpu.chips} chips.")
+    experiment.pack.check(experiment.model)
+    experiment.check_mesh(data_shards(sizes), tpu.hosts)
+    return sizes

@@ -1,0 +1,224 @@
+"""Compiles the train step for a topology and counts what it costs, in a process of its own:
+
+    python -m launch.planner.measure --config=... --topology=v5p:4x4x8 --result=FILE
+
+launch.plan starts it with the right environment, as a compiler that gives up ends its process. The
+result is JSON: what was counted, or {"error": sentence}.
+"""
+
+import json
+import pathlib
+import tempfile
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from jax.experimental import topologies
+
+from launch.accelerators import LaunchError, Tpu, parse_accelerator
+from launch.planner import collectives, flops, hlo, loops, memory, traffic, work
+from launch.planner.chips import CHIPS
+from launch.planner.experiment import check, planned_experiment
+from ov2_jax.model.config import ConfigError
+from ov2_jax.sharding import make_mesh
+from ov2_jax.train import parse_flags  # and --config with its overrides
+from ov2_jax.training.config import Experiment
+from ov2_jax.training.program import abstract_batch, lower_train_step
+from ov2_jax.training.start import abstract_train_state
+
+_ROWS = 24  # of the lists of what costs most
+
+
+class Compiled:
+    """A program that was compiled: its text, its memory, how long it took."""
+
+    def __init__(self, lowered: jax.stages.Lowered, folder: pathlib.Path) -> None:
+        options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+        start = time.perf_counter()
+        self.reason: str | None = None  # why it does not fit
+        try:
+            program = lowered.compile(compiler_options=options)
+            self.text = program.as_text()
+            self.stats = program.memory_analysis()
+        except jax.errors.JaxRuntimeError as e:
+            if "RESOURCE_EXHAUSTED" not in str(e):
+                raise
+            self.reason = str(e).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+            self.text, self.stats = _dumped(folder, "after_optimizations.txt").read_text(), None
+        self.seconds = time.perf_counter() - start
+        self.buffers = _dumped(folder, "after_optimizations-buffer-assignment.txt")
+
+
+def _dumped(folder: pathlib.Path, end: str) -> pathlib.Path:
+    found = sorted(folder.glob(f"*.{end}"), key=lambda path: path.stat().st_size)
+    if not found:
+        raise LaunchError(f"the compiler left no {end} behind; this libtpu works otherwise.")
+    return found[-1]  # small helper programs have dumps of their own
+
+
+def measure(experiment: Experiment, tpu: Tpu, **filling: int | None) -> dict[str, Any]:
+    """Everything that is counted for a config on a topology, as plain data."""
+    check(experiment, tpu)
+    start = time.perf_counter()
+    name = f"{tpu.version}:{tpu.topology}"
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    try:
+        mesh = make_mesh(experiment.mesh, list(devices))
+    except NotImplementedError as e:  # of JAX's assignment of axes to the torus
+        sizes = experiment.mesh.sizes(len(devices))
+        raise ConfigError(
+            f"mesh {sizes} cannot be laid out on {name}: each axis must be a product of sides of "
+            "the torus."
+        ) from e
+    lowered = lower_train_step(experiment, mesh)
+    traced = time.perf_counter() - start
+    state = abstract_train_state(experiment, mesh)
+    batch = abstract_batch(experiment, mesh)
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        compiled = Compiled(lowered, pathlib.Path(folder))
+        module = hlo.parse(compiled.text)
+        layers = {
+            experiment.model.vision.num_hidden_layers,
+            experiment.model.text.num_hidden_layers,
+        }
+        held = memory.allocations(compiled.buffers, module, state.params, layers)
+    runs = loops.runs(module)
+    shape = dict(mesh.shape)
+    return {
+        "topology": name,
+        "chips": tpu.chips,
+        "mesh": shape,
+        "remat": experiment.compute.remat,
+        "trace_seconds": traced,
+        "compile_seconds": compiled.seconds,
+        "memory": _memory(compiled, held, state, batch, tpu),
+        "flops": _flops(module, runs),
+        "hbm_bytes": traffic.hbm_bytes(module, runs),
+        "collectives": _collectives(module, runs, shape),
+        "least": work.least_weight_bytes(experiment, state.params, shape),
+        "work": _work(experiment, **filling),
+        "loops": len(runs.trips),
+        "notes": runs.notes,
+    }
+
+
+def _memory(
+    compiled: Compiled, held: memory.Allocations, state: Any, batch: Any, tpu: Tpu
+) -> dict[str, Any]:
+    usable = CHIPS[tpu.version].usable_bytes
+    stats = compiled.stats
+    if stats is None:
+        parts = held.arguments, held.temporaries, held.other
+    else:
+        results = stats.output_size_in_bytes - stats.alias_size_in_bytes
+        code = stats.generated_code_size_in_bytes
+        parts = stats.argument_size_in_bytes, stats.temp_size_in_bytes, results + code
+    moments = memory.local_bytes(state.opt_state)
+    arguments = {
+        "parameters": memory.local_bytes(state.params),
+        "moments": moments,
+        "batch": memory.local_bytes(batch),
+    }
+    heap = dict.fromkeys(("gradients", "kept by layers"), 0)
+    for buffer in held.heap:
+        if buffer.kind in heap:
+            heap[buffer.kind] += buffer.bytes
+    total = sum(parts)
+    return {
+        "fits": compiled.reason is None and total <= usable,
+        "reason": compiled.reason,
+        "usable": usable,
+        "total": total,
+        "arguments": parts[0],
+        "temporaries": parts[1],
+        "results_and_code": parts[2],
+        "kinds": {
+            **arguments,
+            "tile padding": max(0, parts[0] - sum(arguments.values())),
+            **heap,
+            "other temporaries": max(0, parts[1] - sum(heap.values())),
+            "results and code": parts[2],
+        },
+        "largest": [b._asdict() for b in held.heap[:_ROWS]],
+    }
+
+
+def _flops(module: hlo.Module, runs: loops.Runs) -> dict[str, Any]:
+    rows = flops.matmuls(module, runs)
+    matmuls = [r for r in rows if not r.attention and not r.kernel]
+    kernels = [r for r in rows if r.kernel]
+    phases = dict.fromkeys(("forward", "recomputed", "backward"), 0.0)
+    for row in matmuls + [k for k in kernels if not k.attention]:
+        phases[row.phase] += row.flops
+    return {
+        "matmuls": sum(phases.values()),
+        "phases": phases,
+        "attention": sum(r.flops for r in rows if r.attention and not r.kernel),
+        "kernels": [r._asdict() | {"attention": r.attention} for r in kernels],
+        "largest": [r._asdict() for r in matmuls[:_ROWS]],
+    }
+
+
+def _collectives(
+    module: hlo.Module, runs: loops.Runs, mesh: Mapping[str, int]
+) -> dict[str, Any]:
+    rows = collectives.collectives(module, runs, mesh)
+    parts = collectives.split(rows)
+    return {
+        "total": sum(r.bytes for r in rows),
+        "parts": {
+            part: [
+                {"kind": kind, "axes": axes, "bytes": n}
+                for (kind, axes), n in collectives.by_kind_and_axes(those).items()
+            ]
+            for part, those in parts.items()
+        },
+        "largest": [r._asdict() for r in rows[:_ROWS]],
+    }
+
+
+def _work(experiment: Experiment, **given: int | None) -> dict[str, Any]:
+    fill = work.filling(experiment, **given)
+    step = work.step_work(experiment, fill)
+    model = work.model_flops(experiment, step)
+    saved = experiment.compute.remat in work.KEEPS_ATTENTION
+    return {
+        "filling": {"sample": fill.sample, "window": fill.window, "clip": fill.clip},
+        "step": step._asdict(),
+        "matmuls": model.matmuls,
+        "attention": model.attention,
+        "kernels": work.attention_kernel_flops(
+            experiment, fill, block=work.BLOCK, recomputed=not saved
+        ),
+        "steps": experiment.steps,
+    }
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("topology", None, "As v5p:4x4x8.")
+    flags.DEFINE_string("result", None, "The file to write.")
+    flags.DEFINE_integer("sample", None, "Tokens of a sample.", lower_bound=1)
+    flags.DEFINE_integer("window", None, "Patches of an attention window.", lower_bound=1)
+    flags.mark_flags_as_required(["config", "topology", "result"])
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+    logging.set_verbosity(logging.ERROR)
+    given = flags.FLAGS
+    try:
+        tpu = parse_accelerator(given.topology)
+        result = measure(
+            planned_experiment(given.config), tpu, sample=given.sample, window=given.window
+        )
+    except (ConfigError, LaunchError) as e:
+        result = {"error": f"{type(e).__name__}: {e}"}
+    pathlib.Path(given.result).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    _define_flags()
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,123 @@
+"""What lies in a chip's HBM while the step runs, by kind.
+
+Arguments (parameters, moments, the batch) follow from the state's shapes. What the compiler adds is
+one heap, whose buffers it lists in a dump; they are told apart by shape: a stack of a parameter's
+shape is a gradient, any other stack over the layers is what they keep for the backward pass.
+"""
+
+import math
+import pathlib
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+
+from launch.planner.hlo import Module, arrays_of
+
+_ALLOCATION = re.compile(r"allocation \d+: size (\d+), (.*):$")
+_VALUE = re.compile(
+    r" value: <\d+ ([^ {]+)(\{[\d,]*\})?(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)$"
+)
+_SMALL = 2**20  # buffers below are summed up
+
+
+class Buffer(NamedTuple):
+    """A place in the heap, by the largest value that lies there at some time."""
+
+    bytes: int
+    shape: str
+    kind: str  # gradients, kept by layers, other
+    op_name: str
+
+
+class Allocations(NamedTuple):
+    """HBM by the compiler's own list, in bytes."""
+
+    arguments: int
+    temporaries: int
+    other: int  # results that are no donated arguments, constants
+    heap: list[Buffer]  # of the temporaries, the largest first; together no more than they are
+
+
+class _Value(NamedTuple):
+    name: str
+    size: int
+    offset: int
+    shape: str
+
+
+def _read(path: pathlib.Path) -> tuple[dict[str, int], list[_Value]]:
+    total = {"arguments": 0, "temporaries": 0, "other": 0}
+    values: list[_Value] = []
+    heap = False
+    for line in path.open():
+        if line.startswith("allocation"):
+            found = _ALLOCATION.match(line)
+            heap = False
+            if found is None or "color" in found[2] or "thread-local" in found[2]:
+                continue  # on the chip, or no memory of its own
+            heap = "preallocated-temp" in found[2]
+            kind = "temporaries" if heap else "arguments" if "parameter" in found[2] else "other"
+            total[kind] += int(found[1])
+        elif heap:
+            found = _VALUE.match(line)
+            if found and int(found[3]) >= _SMALL:
+                values.append(_Value(found[1], int(found[3]), int(found[4]), found[5]))
+    return total, values
+
+
+def _cover(values: Iterable[_Value]) -> list[list[_Value]]:
+    """Places that do not overlap, the largest first; each with the values of its size there."""
+    places: list[list[_Value]] = []
+    taken: dict[tuple[int, int], list[_Value]] = {}
+    for value in sorted(values, key=lambda v: (-v.size, v.offset)):
+        same = taken.get((value.offset, value.size))
+        if same is not None:
+            same.append(value)
+        elif all(
+            value.offset + value.size <= p[0].offset or p[0].offset + p[0].size <= value.offset
+            for p in places
+        ):
+            taken[value.offset, value.size] = [value]
+            places.append(taken[value.offset, value.size])
+    return places
+
+
+def _plain(shape: str) -> str:
+    arrays = arrays_of(shape)
+    return f"{arrays[0].dtype}[{','.join(map(str, arrays[0].dims))}]" if arrays else shape[:40]
+
+
+def local_shapes(tree: Any) -> list[tuple[tuple[int, ...], int]]:
+    """(shape, bytes) of what a device holds of each leaf."""
+    found = []
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        found.append((shape, math.prod(shape) * leaf.dtype.itemsize))
+    return found
+
+
+def local_bytes(tree: Any) -> int:
+    """What a device holds of a tree, without the padding of tiles."""
+    return sum(size for _, size in local_shapes(tree))
+
+
+def allocations(dump: pathlib.Path, module: Module, params: Any, layers: set[int]) -> Allocations:
+    """From the compiler's dump of its buffer assignment; `layers` are lengths of layer stacks."""
+    total, values = _read(dump)
+    names = {i.name: i.op_name for c in module.computations.values() for i in c if i.op_name}
+    weights = {shape for shape, _ in local_shapes(params) if len(shape) > 1}
+    heap = []
+    for place in _cover(values):
+        arrays = arrays_of(place[0].shape)
+        dims = arrays[0].dims if arrays else ()
+        if dims in weights:
+            kind = "gradients"
+        elif len(dims) > 2 and dims[0] in layers:
+            kind = "kept by layers"
+        else:
+            kind = "other"
+        op_name = next((names[v.name] for v in place if v.name in names), place[0].name)
+        heap.append(Buffer(place[0].size, _plain(place[0].shape), kind, op_name))
+    return Allocations(total["arguments"], total["temporaries"], total["other"], heap)

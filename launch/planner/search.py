@@ -1,0 +1,81 @@
+"""Meshes and remat policies to try, and how they rank."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from launch.accelerators import LaunchError, Tpu
+from launch.planner.experiment import check
+from ov2_jax.model.compute import REMAT_POLICIES
+from ov2_jax.model.config import ConfigError
+from ov2_jax.sharding import MeshConfig
+from ov2_jax.training.config import Experiment
+
+# No more than this along axes that exchange activations in every layer.
+_LARGEST = {"expert": 16, "context": 16, "tensor": 8}
+
+
+class Candidate(NamedTuple):
+    mesh: dict[str, int]
+    remat: str
+
+    def arguments(self) -> list[str]:
+        sizes = [f"--config.mesh.{axis}={size}" for axis, size in self.mesh.items()]
+        return [*sizes, f"--config.compute.remat={self.remat}"]
+
+    def __str__(self) -> str:
+        sizes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1)
+        return f"{sizes or 'one chip'}, remat {self.remat}"
+
+
+def _meshes(experiment: Experiment, tpu: Tpu) -> Iterator[dict[str, int]]:
+    """Sizes that multiply to the slice's chips; fsdp takes what the others leave."""
+    axes = [f.name for f in dataclasses.fields(MeshConfig)]
+    free = [axis for axis in axes if axis in _LARGEST]
+    if not experiment.model.text.num_experts:
+        free = [axis for axis in free if axis != "expert"]
+    powers = [[2**k for k in range(_LARGEST[axis].bit_length())] for axis in free]
+    for sizes in itertools.product(*powers):
+        if tpu.chips % math.prod(sizes) == 0:
+            chosen = dict.fromkeys(axes, 1) | dict(zip(free, sizes, strict=True))
+            yield chosen | {"fsdp": tpu.chips // math.prod(sizes)}
+
+
+def candidates(experiment: Experiment, tpu: Tpu, most: int) -> tuple[list[Candidate], int]:
+    """Those to compile, the likeliest first, and how many more could work.
+
+    A mesh that exchanges fewer activations comes first, on it the policy that keeps least: it is
+    the one that fits if any does.
+    """
+    found = []
+    for mesh in _meshes(experiment, tpu):
+        config = dataclasses.replace(experiment.mesh, **mesh)
+        try:
+            check(dataclasses.replace(experiment, mesh=config), tpu)
+        except (ConfigError, LaunchError):
+            continue
+        found.append(mesh)
+    found.sort(key=lambda mesh: (math.prod(mesh[a] for a in _LARGEST if a in mesh), str(mesh)))
+    policies = sorted(REMAT_POLICIES, key=lambda name: name != "full")
+    every = [Candidate(mesh, remat) for mesh in found for remat in policies]
+    if not every:
+        raise LaunchError(
+            f"no mesh of {tpu.chips} chips divides global_rows {experiment.global_rows} with "
+            f"pack.rows {experiment.pack.rows} and grad_accum {experiment.grad_accum}."
+        )
+    return every[:most], len(every) - len(every[:most])
+
+
+def rank(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that fit first, the quickest of them on top; then what does not fit, then failures."""
+
+    def key(row: Mapping[str, Any]) -> tuple[int, float]:
+        if row.get("error"):
+            return 2, 0.0
+        if not row["fits"]:
+            return 1, row["gib"]
+        return 0, row["step_seconds"]
+
+    return sorted(rows, key=key)

@@ -1,0 +1,207 @@
+"""What a step of a recipe needs, whatever is compiled: model FLOPs, kernel FLOPs of attention, and
+the least bytes that its collectives can send.
+
+The planner has no data. It assumes that every slot is filled, with samples and windows of one
+length (`Filling`), which the report states.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ov2_jax.data.images import smart_resize
+from ov2_jax.data.video import Sampling
+from ov2_jax.model.attention import Segments, visited_blocks
+from ov2_jax.training.config import Experiment
+from ov2_jax.training.flops import Work, forward_flops
+
+# The text of a clip's sample beside its frames, and of a frame's timestamp: "<123.4 seconds>", its
+# two marks and a newline.
+_TEXT_TOKENS = 1024
+_FRAME_TOKENS = 12
+_LONG_CLIP_S = 3600.0
+
+BLOCK = 512  # a side of the blocks of scores that the attention kernels visit
+KEEPS_ATTENTION = ("none", "save_attention")  # remat policies that do not compute it again
+
+
+@dataclasses.dataclass(frozen=True)
+class Filling:
+    """Rows are full of samples of `sample` tokens and windows of `window` patches; the last of a
+    row takes what is left."""
+
+    sample: int
+    window: int
+    clip: int  # patches of a clip
+
+    def samples(self, length: int) -> list[int]:
+        return _cut(length, self.sample)
+
+    def windows(self, width: int) -> list[int]:
+        return _cut(width, self.window)
+
+
+def _cut(length: int, piece: int) -> list[int]:
+    piece = min(piece, length)
+    return [piece] * (length // piece) + ([length % piece] if length % piece else [])
+
+
+def filling(experiment: Experiment, *, sample: int | None, window: int | None) -> Filling:
+    """From the config's data section, unless given: every sample is the longest clip that it lets
+    through, of square frames, with its timestamps and 1024 tokens of text; windows are that
+    clip's."""
+    v, data = experiment.model.vision, experiment.data
+    low, high = data.frame_pixels
+    factor = v.patch_size * v.spatial_merge_size
+    h, w = smart_resize(4096, 4096, factor=factor, min_pixels=low, max_pixels=high)
+    frame = h * w // v.patch_size**2
+    count = Sampling(data.num_frames, data.target_fps, data.max_frames).count(_LONG_CLIP_S)
+    tokens = count * (frame // v.merge_unit + _FRAME_TOKENS) + _TEXT_TOKENS
+    return Filling(
+        sample=min(sample or tokens, experiment.pack.seq_len),
+        window=window or min(count, v.frame_windows_size) * frame,
+        clip=count * frame,
+    )
+
+
+def step_work(experiment: Experiment, fill: Filling) -> Work:
+    """Of a whole optimizer step, with every slot filled."""
+    pack, packs = experiment.pack, experiment.packs_per_step
+    windows = sum(r * sum(n * n for n in fill.windows(w)) for r, w in pack.vision_rows)
+    samples = pack.rows * sum(n * n for n in fill.samples(pack.seq_len))
+    return Work(
+        packs * pack.token_slots, packs * pack.patch_slots, packs * samples, packs * windows
+    )
+
+
+def passes(experiment: Experiment) -> dict[str, int]:
+    """Forwards that a part's step costs: 1, and one for each kind of gradient that is needed."""
+    found, before = {}, False
+    for part in ("encoder", "merger", "decoder"):
+        trained = part in experiment.optimizer.train
+        before |= trained
+        found[part] = 1 + trained + before
+    return found
+
+
+class ModelFlops(NamedTuple):
+    """FLOPs of a step, all devices together, by part."""
+
+    matmuls: dict[str, float]
+    attention: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.matmuls.values()) + sum(self.attention.values())
+
+
+def model_flops(experiment: Experiment, work: Work) -> ModelFlops:
+    """By the formula of training/flops.py, attention apart."""
+    times = passes(experiment)
+    both = forward_flops(experiment.model, work)
+    without = work._replace(squared_samples=0, squared_windows=0)
+    matmuls = forward_flops(experiment.model, without)
+    return ModelFlops(
+        {part: matmuls[part] * times[part] for part in matmuls},
+        {
+            part: (both[part] - matmuls[part]) * times[part]
+            for part in both
+            if both[part] > matmuls[part]
+        },
+    )
+
+
+# Matmuls of block_q x block_k x head size for each block that an attention kernel visits: scores
+# and values; backward the scores again, then the gradients of weights, queries, keys and values,
+# where a kernel for queries and one for keys make the scores and the weights' gradient twice.
+FORWARD_MATMULS = 2
+BACKWARD_MATMULS = 5
+BACKWARD_MATMULS_TWO_KERNELS = 7
+
+
+def kernel_flops(visited: float, block_q: int, block_k: int, width: int, matmuls: int) -> float:
+    """FLOPs of an attention kernel that visits so many blocks in a head; `width` is heads x size."""
+    return visited * matmuls * 2.0 * block_q * block_k * width
+
+
+def row_blocks(lengths: list[int], block: int, *, causal: bool) -> int:
+    """Blocks of a row's scores that hold a pair, for segments of these lengths."""
+    total = sum(lengths)
+    size = math.ceil(total / block) * block
+    ids = np.zeros((1, size), np.int32)
+    ids[0, :total] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    index = np.arange(size, dtype=np.int32) if causal else None
+    return int(np.sum(visited_blocks(Segments(ids, ids, index), block, block)))
+
+
+def attention_kernel_flops(
+    experiment: Experiment, fill: Filling, *, block: int, recomputed: bool
+) -> dict[str, float]:
+    """FLOPs of the attention kernels of a step, all devices together, by part.
+
+    `recomputed`: the forward kernel runs again in the backward pass. Kernels visit whole blocks of
+    `block` x `block` scores, of a row shorter than that the row's own.
+    """
+    v, t, pack = experiment.model.vision, experiment.model.text, experiment.pack
+    times, packs = passes(experiment), experiment.packs_per_step
+
+    def part(name: str, visited: Callable[[int], int], layers: int, width: int, size: int) -> float:
+        matmuls = FORWARD_MATMULS
+        if times[name] > 1:
+            matmuls += BACKWARD_MATMULS_TWO_KERNELS + FORWARD_MATMULS * recomputed
+        return layers * kernel_flops(visited(size), size, size, width, matmuls)
+
+    encoder = 0.0
+    for rows, width in pack.vision_rows:
+        lengths = fill.windows(width)
+        encoder += rows * part(
+            "encoder",
+            lambda size, lengths=lengths: row_blocks(lengths, size, causal=False),
+            *(v.num_hidden_layers, v.hidden_size, min(block, width)),
+        )
+    samples = fill.samples(pack.seq_len)
+    decoder = pack.rows * part(
+        "decoder",
+        lambda size: row_blocks(samples, size, causal=True),
+        *(t.num_hidden_layers, t.num_attention_heads * t.head_dim, min(block, pack.seq_len)),
+    )
+    return {"encoder": packs * encoder, "decoder": packs * decoder}
+
+
+def _axes(sharding: Any) -> list[str]:
+    found: list[str] = []
+    for entry in sharding.spec:
+        found += [] if entry is None else [entry] if isinstance(entry, str) else list(entry)
+    return found
+
+
+def least_weight_bytes(
+    experiment: Experiment, params: Any, mesh: Mapping[str, int]
+) -> dict[str, float]:
+    """The fewest bytes that a device sends a step to gather its parameters and to add up gradients.
+
+    Each parameter that lies in pieces travels in bfloat16: gathered once forward and, where
+    gradients pass through its part, once more backward, and its gradient, where it is trained,
+    is reduce-scattered. What tensor parallelism cuts stays cut. Replicas along `data`, and along
+    other axes that a parameter is whole on, add up their gradients by an all-reduce.
+    """
+    times = passes(experiment)
+    found = {"all-gather": 0.0, "reduce-scatter": 0.0, "all-reduce": 0.0}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        part = path[0].key
+        trained = part in experiment.optimizer.train
+        axes = _axes(leaf.sharding)
+        size = 2.0 * math.prod(leaf.shape)
+        size /= math.prod(mesh[a] for a in axes if a == "tensor")
+        n = math.prod(mesh[a] for a in axes if a != "tensor")
+        piece = size / n
+        found["all-gather"] += (size - piece) * (2 if times[part] > 1 else 1)
+        if trained:
+            found["reduce-scatter"] += size - piece
+            copies = math.prod(mesh.values()) // math.prod(mesh[a] for a in axes)
+            found["all-reduce"] += 2 * piece * (copies - 1) / copies
+    return found
