@@ -1,8 +1,9 @@
-"""Compiles in a process of its own: a compiler that gives up ends it, and libtpu stays out of ours."""
+"""Compiles in a process of its own: a compiler that gives up ends it, and libtpu stays there."""
 
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def shared_arguments(argv: Sequence[str]) -> list[str]:
 
 
 def measure(tpu: Tpu, arguments: Sequence[str]) -> dict[str, Any]:
-    """Runs launch.planner.measure; raises LaunchError with its sentence, CompileError if it dies."""
+    """Runs launch.planner.measure; raises LaunchError as it says, CompileError if it dies."""
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         result = pathlib.Path(folder) / "result.json"
         command = [sys.executable, "-m", "launch.planner.measure", f"--result={result}"]
@@ -66,11 +67,9 @@ def measure(tpu: Tpu, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _reason(status: int, log: str) -> str:
-    ended = (
-        f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
-    )
+    ended = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    # JAX adds lines on its shortened traceback behind the error.
-    said = [line for line in lines if "Error" in line or "RET_CHECK" in line or "F00" in line[:4]]
+    # An exception, or a line of the compiler's that says why it ended. JAX adds some behind these.
+    said = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b|FATAL |F\d{4} ", line)]
     last = (said or lines or ["it said nothing"])[-1]
     return f"The compiling process {ended}: {last[:400]}"

@@ -1,4 +1,4 @@
-"""The experiment that a plan is of: a config's, without the data and checkpoint that a run needs."""
+"""The experiment that is planned: a config's, without the data and checkpoint of a run."""
 
 from ml_collections import ConfigDict
 

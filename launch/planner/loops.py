@@ -86,7 +86,9 @@ def _resolve(
         root = callee.root
         if root is None:
             return None
-        name = root.operands[element] if root.opcode == "tuple" and element is not None else root.name
+        name = (
+            root.operands[element] if root.opcode == "tuple" and element is not None else root.name
+        )
         inner = [of(operand) for operand in this.operands]
         return _resolve(module, callee, name, inner, depth=depth + 1)
     return None

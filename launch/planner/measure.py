@@ -7,11 +7,12 @@ result is JSON: what was counted, or {"error": sentence}.
 """
 
 import json
+import math
 import pathlib
 import tempfile
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import app, flags, logging
@@ -31,24 +32,29 @@ from ov2_jax.training.start import abstract_train_state
 _ROWS = 24  # of the lists of what costs most
 
 
-class Compiled:
-    """A program that was compiled: its text, its memory, how long it took."""
+class Compiled(NamedTuple):
+    """A program that was compiled."""
 
-    def __init__(self, lowered: jax.stages.Lowered, folder: pathlib.Path) -> None:
-        options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
-        start = time.perf_counter()
-        self.reason: str | None = None  # why it does not fit
-        try:
-            program = lowered.compile(compiler_options=options)
-            self.text = program.as_text()
-            self.stats = program.memory_analysis()
-        except jax.errors.JaxRuntimeError as e:
-            if "RESOURCE_EXHAUSTED" not in str(e):
-                raise
-            self.reason = str(e).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
-            self.text, self.stats = _dumped(folder, "after_optimizations.txt").read_text(), None
-        self.seconds = time.perf_counter() - start
-        self.buffers = _dumped(folder, "after_optimizations-buffer-assignment.txt")
+    text: str
+    stats: Any  # the compiler's memory analysis; None where the program does not fit
+    reason: str | None  # why it does not fit
+    seconds: float
+
+
+def compile_program(lowered: jax.stages.Lowered, folder: pathlib.Path) -> Compiled:
+    """Compiles, with a dump in `folder`: of a program that does not fit there is nothing else."""
+    options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+    start = time.perf_counter()
+    try:
+        program = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        reason = str(e).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+        text = _dumped(folder, "after_optimizations.txt").read_text()
+        return Compiled(text, None, reason, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Compiled(program.as_text(), program.memory_analysis(), None, seconds)
 
 
 def _dumped(folder: pathlib.Path, end: str) -> pathlib.Path:
@@ -77,37 +83,49 @@ def measure(experiment: Experiment, tpu: Tpu, **filling: int | None) -> dict[str
     state = abstract_train_state(experiment, mesh)
     batch = abstract_batch(experiment, mesh)
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
-        compiled = Compiled(lowered, pathlib.Path(folder))
+        compiled = compile_program(lowered, pathlib.Path(folder))
         module = hlo.parse(compiled.text)
         layers = {
             experiment.model.vision.num_hidden_layers,
             experiment.model.text.num_hidden_layers,
         }
-        held = memory.allocations(compiled.buffers, module, state.params, layers)
-    runs = loops.runs(module)
-    shape = dict(mesh.shape)
+        buffers = _dumped(pathlib.Path(folder), "after_optimizations-buffer-assignment.txt")
+        held = memory.allocations(buffers, module, state.params, layers)
     return {
         "topology": name,
-        "chips": tpu.chips,
-        "mesh": shape,
-        "remat": experiment.compute.remat,
         "trace_seconds": traced,
         "compile_seconds": compiled.seconds,
-        "memory": _memory(compiled, held, state, batch, tpu),
+        "memory": memory_of(compiled, held, state, batch, CHIPS[tpu.version].usable_bytes),
+        **counts(experiment, module, dict(mesh.shape), state.params, **filling),
+    }
+
+
+def counts(
+    experiment: Experiment,
+    module: hlo.Module,
+    mesh: Mapping[str, int],
+    params: Any,
+    **filling: int | None,
+) -> dict[str, Any]:
+    """What a program does in a step, next to what the experiment needs."""
+    runs = loops.runs(module)
+    return {
+        "chips": math.prod(mesh.values()),
+        "mesh": dict(mesh),
+        "remat": experiment.compute.remat,
         "flops": _flops(module, runs),
         "hbm_bytes": traffic.hbm_bytes(module, runs),
-        "collectives": _collectives(module, runs, shape),
-        "least": work.least_weight_bytes(experiment, state.params, shape),
+        "collectives": _collectives(module, runs, mesh),
+        "least": work.least_weight_bytes(experiment, params, mesh),
         "work": _work(experiment, **filling),
-        "loops": len(runs.trips),
         "notes": runs.notes,
     }
 
 
-def _memory(
-    compiled: Compiled, held: memory.Allocations, state: Any, batch: Any, tpu: Tpu
+def memory_of(
+    compiled: Compiled, held: memory.Allocations, state: Any, batch: Any, usable: float
 ) -> dict[str, Any]:
-    usable = CHIPS[tpu.version].usable_bytes
+    """HBM by kind; what the compiler says of the whole, shapes and its list of buffers of parts."""
     stats = compiled.stats
     if stats is None:
         parts = held.arguments, held.temporaries, held.other
@@ -161,9 +179,7 @@ def _flops(module: hlo.Module, runs: loops.Runs) -> dict[str, Any]:
     }
 
 
-def _collectives(
-    module: hlo.Module, runs: loops.Runs, mesh: Mapping[str, int]
-) -> dict[str, Any]:
+def _collectives(module: hlo.Module, runs: loops.Runs, mesh: Mapping[str, int]) -> dict[str, Any]:
     rows = collectives.collectives(module, runs, mesh)
     parts = collectives.split(rows)
     return {

@@ -28,8 +28,8 @@ def slice_of(text: str) -> Tpu:
     """Raises LaunchError for what cannot be planned."""
     if re.search(r"[*,+@ ]|^\d+x?v", text):
         raise LaunchError(
-            f"--topology is {text!r}; several slices cannot be planned, only one: plan a slice with "
-            "its share of global_rows and mesh.data=1. Between slices only gradients travel."
+            f"--topology is {text!r}; several slices cannot be planned, only one: plan a slice "
+            "with its share of global_rows and mesh.data=1. Between slices only gradients travel."
         )
     kind = parse_accelerator(text)
     if isinstance(kind, Gpu):

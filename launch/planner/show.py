@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jinja2
+import markupsafe
 from rich.console import Console
 from rich.table import Table
 
@@ -21,11 +22,11 @@ _TEMPLATES = jinja2.Environment(
 
 
 def gib(n: float) -> str:
-    return f"{n / GIB:.2f} GiB"
+    return f"{n / GIB:.2f} GiB" if n >= GIB / 100 else f"{n / 2**20:.2f} MiB"
 
 
 def tera(n: float) -> str:
-    return f"{n / 1e12:,.1f} T"
+    return f"{n / 1e12:,.1f} T" if n >= 1e12 else f"{n / 1e9:.1f} G"
 
 
 def times(ratio: float | None) -> str:
@@ -146,7 +147,7 @@ def _pair(ratio: Mapping[str, Any], form: Any) -> list[str]:
 def html(plan: Mapping[str, Any]) -> str:
     css = (pathlib.Path(__file__).parent / "page" / "plan.css").read_text()
     return _TEMPLATES.get_template("plan.html").render(
-        plan=plan, css=jinja2.filters.Markup(css), verdict=verdict(plan), gibi=GIB
+        plan=plan, css=markupsafe.Markup(css), verdict=verdict(plan), gibi=GIB
     )
 
 

@@ -57,8 +57,10 @@ def filling(experiment: Experiment, *, sample: int | None, window: int | None) -
     v, data = experiment.model.vision, experiment.data
     low, high = data.frame_pixels
     factor = v.patch_size * v.spatial_merge_size
-    h, w = smart_resize(4096, 4096, factor=factor, min_pixels=low, max_pixels=high)
-    frame = h * w // v.patch_size**2
+    frame = max(  # of the squares some lose a row to rounding
+        math.prod(smart_resize(side, side, factor=factor, min_pixels=low, max_pixels=high))
+        for side in (720, 1080, 2048)
+    ) // (v.patch_size**2)
     count = Sampling(data.num_frames, data.target_fps, data.max_frames).count(_LONG_CLIP_S)
     tokens = count * (frame // v.merge_unit + _FRAME_TOKENS) + _TEXT_TOKENS
     return Filling(
@@ -124,7 +126,7 @@ BACKWARD_MATMULS_TWO_KERNELS = 7
 
 
 def kernel_flops(visited: float, block_q: int, block_k: int, width: int, matmuls: int) -> float:
-    """FLOPs of an attention kernel that visits so many blocks in a head; `width` is heads x size."""
+    """FLOPs of an attention kernel that visits so many blocks; `width` is heads x head size."""
     return visited * matmuls * 2.0 * block_q * block_k * width
 
 
