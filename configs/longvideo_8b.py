@@ -13,7 +13,7 @@ by four chips (context=4). What it takes on a slice:
 
     python -m launch.plan --config=configs/longvideo_8b.py --topology=v5p:4x8x8 \
         --config.data.num_frames=768 --config.pack.seq_len=180224 \
-        "--config.pack.vision_rows=((96, 6272),)" --config.mesh.context=8
+        "--config.pack.vision_rows=((24, 25088),)" --config.mesh.context=8
 
 32 packs of one text row make a step: 128 chips with context=4, 256 with context=8; on fewer set
 --config.grad_accum to what is left of 32.
@@ -38,8 +38,7 @@ def get_config() -> ConfigDict:
             "data": {
                 "sources": ({"path": ""},),
                 "min_pixels": 4 * 28 * 28,
-                # 6272 patches, so that a picture fits a vision row: 1280x960 (6256) keeps its size.
-                "max_pixels": 1568 * 28 * 28,
+                "max_pixels": 2048 * 28 * 28,  # as in configs/sft_4b.py
                 "frame_max_pixels": 392 * 392,  # 784 patches, 196 tokens
                 "num_frames": 384,
                 "on_long": "drop_rounds",
@@ -52,9 +51,10 @@ def get_config() -> ConfigDict:
                 # 384 frames with their timestamps (12 tokens each) are 79872; the rest is caption.
                 # 192 x 512, so that 2 x 4 equal pieces of whole 512s make the zigzag of context.
                 "seq_len": 98304,
-                # 301056 patches, all of 384 frames: two windows of 4 frames a row. 6272 is 49 x
-                # 128, the lanes of a TPU, which 3136 is not.
-                "vision_rows": ((48, 6272),),
+                # 301056 patches, all of 384 frames: eight windows of 4 frames (3136) a row.
+                # 25088 is 49 x 512; rows of one or two windows are no multiple of 512, and
+                # attention kernels would take blocks of 128, or compute padding. 12 rows divide by 4.
+                "vision_rows": ((12, 25088),),
             },
             "optimizer": {"learning_rate": 1e-5, "weight_decay": 0.0, "beta2": 0.99},
             "compute": {"dtype": "bfloat16", "remat": "full"},

@@ -109,8 +109,10 @@ def whole_parameters(params: Any, dtype: jnp.dtype) -> Any:
         if meanings is None:
             return x
         x = x if "router" in meanings else x.astype(dtype)
-        for axis, meaning in enumerate(meanings, x.ndim - len(meanings)):
-            x = gather(x, GATHERED.get(meaning, ()), axis)
+        # The scope tells the planner which of a program's exchanges are of weights.
+        with jax.named_scope("weights"):
+            for axis, meaning in enumerate(meanings, x.ndim - len(meanings)):
+                x = gather(x, GATHERED.get(meaning, ()), axis)
         return checkpoint_name(x, "weights")
 
     return jax.tree_util.tree_map_with_path(one, params)

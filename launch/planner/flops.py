@@ -21,7 +21,7 @@ _COST = re.compile(r'"flops":\s*"?(\d+(?:\.\d+)?(?:e\+?\d+)?)"?')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 
 # Marks in the names of operations: attention is counted from its kernel's grid, apart from matmuls.
-ATTENTION = re.compile(r"attention|splash|flash|bqjhd,bkjd->bjhqk|bjhqk,bkjd->bqjhd", re.IGNORECASE)
+ATTENTION = re.compile(r"\battention\b|splash|bqjhd,bkjd->bjhqk|bjhqk,bkjd->bqjhd")
 
 
 class Matmul(NamedTuple):

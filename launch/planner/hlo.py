@@ -1,6 +1,7 @@
 """An optimized HLO program as data, read from its text in one pass.
 
-XLA has no stable API for compiled programs in Python, but its text form is one instruction a line:
+XLA has no stable API for compiled programs in Python, but its text form is one instruction a line
+(only the attributes of kernels may go on over further lines):
 
     [ROOT] %name = TYPE opcode(%operand, ...), attribute=value, ..., metadata={...}
 
@@ -151,16 +152,19 @@ def parse(text: str) -> Module:
             if header and not line.startswith("HloModule"):
                 current = Computation(header[2])
                 entry = current.name if header[1] else entry
-        elif line.startswith("}"):
+        elif line == "}":
             computations[current.name] = current
             current = None
-        else:
-            start = _LINE.match(line)
-            if start:
-                instruction = _instruction(line, start)
-                current.instructions[instruction.name] = instruction
-                if start[1]:
-                    current.root = instruction
+        elif start := _LINE.match(line):
+            instruction = _instruction(line, start)
+            current.instructions[instruction.name] = instruction
+            current.root = instruction if start[1] else current.root
+        elif current.instructions:
+            # The attributes of a kernel go on over several lines.
+            _, last = current.instructions.popitem()
+            longer = last._replace(attributes=f"{last.attributes}\n{line}")
+            current.instructions[last.name] = longer
+            current.root = longer if current.root is last else current.root
     if entry is None or entry not in computations:
         raise ValueError("the text is no HLO program: it has no ENTRY computation")
     return Module(computations, entry)

@@ -21,11 +21,12 @@ from jax.experimental import topologies
 from launch.accelerators import LaunchError, Tpu, parse_accelerator
 from launch.planner import collectives, flops, hlo, loops, memory, traffic, work
 from launch.planner.chips import CHIPS
-from launch.planner.experiment import check, planned_experiment
+from launch.planner.experiment import planned_experiment
 from ov2_jax.model.config import ConfigError
 from ov2_jax.sharding import make_mesh
 from ov2_jax.train import parse_flags  # and --config with its overrides
 from ov2_jax.training.config import Experiment
+from ov2_jax.training.feed import make_feed
 from ov2_jax.training.program import abstract_batch, lower_train_step
 from ov2_jax.training.start import abstract_train_state
 
@@ -66,18 +67,11 @@ def _dumped(folder: pathlib.Path, end: str) -> pathlib.Path:
 
 def measure(experiment: Experiment, tpu: Tpu, **filling: int | None) -> dict[str, Any]:
     """Everything that is counted for a config on a topology, as plain data."""
-    check(experiment, tpu)
     start = time.perf_counter()
     name = f"{tpu.version}:{tpu.topology}"
     devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    try:
-        mesh = make_mesh(experiment.mesh, list(devices))
-    except NotImplementedError as e:  # of JAX's assignment of axes to the torus
-        sizes = experiment.mesh.sizes(len(devices))
-        raise ConfigError(
-            f"mesh {sizes} cannot be laid out on {name}: each axis must be a product of sides of "
-            "the torus."
-        ) from e
+    mesh = make_mesh(experiment.mesh, list(devices))
+    experiment.check_mesh(mesh.shape, make_feed(mesh).count)
     lowered = lower_train_step(experiment, mesh)
     traced = time.perf_counter() - start
     state = abstract_train_state(experiment, mesh)
@@ -199,15 +193,12 @@ def _work(experiment: Experiment, **given: int | None) -> dict[str, Any]:
     fill = work.filling(experiment, **given)
     step = work.step_work(experiment, fill)
     model = work.model_flops(experiment, step)
-    saved = experiment.compute.remat in work.KEEPS_ATTENTION
     return {
         "filling": {"sample": fill.sample, "window": fill.window, "clip": fill.clip},
         "step": step._asdict(),
         "matmuls": model.matmuls,
         "attention": model.attention,
-        "kernels": work.attention_kernel_flops(
-            experiment, fill, block=work.BLOCK, recomputed=not saved
-        ),
+        "kernels": work.attention_kernel_flops(experiment, fill),
         "steps": experiment.steps,
     }
 

@@ -54,7 +54,7 @@ def candidates(experiment: Experiment, tpu: Tpu, most: int) -> tuple[list[Candid
         config = dataclasses.replace(experiment.mesh, **mesh)
         try:
             check(dataclasses.replace(experiment, mesh=config), tpu)
-        except (ConfigError, LaunchError):
+        except ConfigError:
             continue
         found.append(mesh)
     found.sort(key=lambda mesh: (math.prod(mesh[a] for a in _LARGEST if a in mesh), str(mesh)))

@@ -7,7 +7,7 @@ length (`Filling`), which the report states.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,9 @@ import numpy as np
 from ov2_jax.data.images import smart_resize
 from ov2_jax.data.video import Sampling
 from ov2_jax.model.attention import Segments, visited_blocks
+from ov2_jax.model.attention.splash import block_size
+from ov2_jax.model.compute import SAVED
+from ov2_jax.sharding import GATHERED, mesh_axes, parameter_axes, path_string
 from ov2_jax.training.config import Experiment
 from ov2_jax.training.flops import Work, forward_flops
 
@@ -24,9 +27,7 @@ from ov2_jax.training.flops import Work, forward_flops
 _TEXT_TOKENS = 1024
 _FRAME_TOKENS = 12
 _LONG_CLIP_S = 3600.0
-
-BLOCK = 512  # a side of the blocks of scores that the attention kernels visit
-KEEPS_ATTENTION = ("none", "save_attention")  # remat policies that do not compute it again
+LANES = 128  # rows are padded to whole lanes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,44 +142,41 @@ def row_blocks(lengths: list[int], block: int, *, causal: bool) -> int:
 
 
 def attention_kernel_flops(
-    experiment: Experiment, fill: Filling, *, block: int, recomputed: bool
+    experiment: Experiment, fill: Filling, block_size: Callable[[int], int] = block_size
 ) -> dict[str, float]:
-    """FLOPs of the attention kernels of a step, all devices together, by part.
+    """FLOPs of the attention kernels of a step on TPUs, all devices together, by part.
 
-    `recomputed`: the forward kernel runs again in the backward pass. Kernels visit whole blocks of
-    `block` x `block` scores, of a row shorter than that the row's own.
+    `block_size` gives a kernel's side of a block for a row's length. Where the remat policy does
+    not keep attention, its forward kernel runs twice.
     """
     v, t, pack = experiment.model.vision, experiment.model.text, experiment.pack
     times, packs = passes(experiment), experiment.packs_per_step
+    again = FORWARD_MATMULS * (not keeps_attention(experiment.compute.remat))
 
-    def part(name: str, visited: Callable[[int], int], layers: int, width: int, size: int) -> float:
+    def row(part: str, lengths: list[int], causal: bool, width: int) -> float:
+        length = math.ceil(sum(lengths) / LANES) * LANES  # as the kernels pad it
+        block = block_size(length)
+        visited = row_blocks(lengths, block, causal=causal)
         matmuls = FORWARD_MATMULS
-        if times[name] > 1:
-            matmuls += BACKWARD_MATMULS_TWO_KERNELS + FORWARD_MATMULS * recomputed
-        return layers * kernel_flops(visited(size), size, size, width, matmuls)
+        if times[part] > 1:
+            matmuls += BACKWARD_MATMULS_TWO_KERNELS + again
+        return kernel_flops(visited, block, block, width, matmuls)
 
-    encoder = 0.0
-    for rows, width in pack.vision_rows:
-        lengths = fill.windows(width)
-        encoder += rows * part(
-            "encoder",
-            lambda size, lengths=lengths: row_blocks(lengths, size, causal=False),
-            *(v.num_hidden_layers, v.hidden_size, min(block, width)),
-        )
-    samples = fill.samples(pack.seq_len)
-    decoder = pack.rows * part(
-        "decoder",
-        lambda size: row_blocks(samples, size, causal=True),
-        *(t.num_hidden_layers, t.num_attention_heads * t.head_dim, min(block, pack.seq_len)),
+    encoder = sum(
+        rows * row("encoder", fill.windows(width), False, v.hidden_size)
+        for rows, width in pack.vision_rows
     )
-    return {"encoder": packs * encoder, "decoder": packs * decoder}
+    heads = t.num_attention_heads * t.head_dim
+    decoder = pack.rows * row("decoder", fill.samples(pack.seq_len), True, heads)
+    return {
+        "encoder": packs * v.num_hidden_layers * encoder,
+        "decoder": packs * t.num_hidden_layers * decoder,
+    }
 
 
-def _axes(sharding: Any) -> list[str]:
-    found: list[str] = []
-    for entry in sharding.spec:
-        found += [] if entry is None else [entry] if isinstance(entry, str) else list(entry)
-    return found
+def keeps_attention(remat: str) -> bool:
+    """Whether a policy keeps what the attention kernels' backward pass needs."""
+    return remat == "none" or "attention" in SAVED.get(remat, ())
 
 
 def least_weight_bytes(
@@ -188,22 +186,27 @@ def least_weight_bytes(
 
     Each parameter that lies in pieces travels in bfloat16: gathered once forward and, where
     gradients pass through its part, once more backward, and its gradient, where it is trained,
-    is reduce-scattered. What tensor parallelism cuts stays cut. Replicas along `data`, and along
-    other axes that a parameter is whole on, add up their gradients by an all-reduce.
+    is reduce-scattered. What stays cut (heads and MLPs over tensor, experts over expert) is not
+    counted. Replicas along axes that a parameter is whole on add up their gradients by an
+    all-reduce.
     """
     times = passes(experiment)
     found = {"all-gather": 0.0, "reduce-scatter": 0.0, "all-reduce": 0.0}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        part = path[0].key
-        trained = part in experiment.optimizer.train
-        axes = _axes(leaf.sharding)
-        size = 2.0 * math.prod(leaf.shape)
-        size /= math.prod(mesh[a] for a in axes if a == "tensor")
-        n = math.prod(mesh[a] for a in axes if a != "tensor")
-        piece = size / n
+
+    def devices(axes: Iterable[str]) -> int:
+        return math.prod(mesh[axis] for axis in axes)
+
+    for key, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path = path_string(key)
+        part = path.split(".")[0]
+        cut = mesh_axes(path)
+        meanings = parameter_axes(path) or ()
+        gathered = {axis for meaning in meanings for axis in GATHERED.get(meaning, ())}
+        size = 2.0 * math.prod(leaf.shape) / devices(cut - gathered)
+        piece = size / devices(gathered)
         found["all-gather"] += (size - piece) * (2 if times[part] > 1 else 1)
-        if trained:
+        if part in experiment.optimizer.train:
             found["reduce-scatter"] += size - piece
-            copies = math.prod(mesh.values()) // math.prod(mesh[a] for a in axes)
+            copies = devices(axis for axis in mesh if axis not in cut)
             found["all-reduce"] += 2 * piece * (copies - 1) / copies
     return found
