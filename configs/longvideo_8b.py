@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
                 "seq_len": 98304,
                 # 301056 patches, all of 384 frames: eight windows of 4 frames (3136) a row.
                 # 25088 is 49 x 512; rows of one or two windows are no multiple of 512, and
-                # attention kernels would take blocks of 128, or compute padding. 12 rows divide by 4.
+                # attention kernels would take blocks of 128. 12 rows divide by 4.
                 "vision_rows": ((12, 25088),),
             },
             "optimizer": {"learning_rate": 1e-5, "weight_decay": 0.0, "beta2": 0.99},

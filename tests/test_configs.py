@@ -21,7 +21,14 @@ from ov2_jax.training.start import with_checkpoint_model
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(ROOT.glob("configs/*.py"))
-RECIPES = {"sft_4b": "4b", "instruct_8b": "8b"}
+# Model, steps, text rows of a step and their tokens, weight decay, beta2.
+RECIPES = {
+    "sft_4b": ("4b", 13745, 16, 10240, 0.0, 0.99),
+    "instruct_8b": ("8b", 5607, 132, 32000, 0.0, 0.99),
+    "midtrain_8b": ("8b", 70313, 128, 32768, 0.01, 0.95),
+    "midtrain_30b_a3b": ("30b-a3b", 70313, 128, 32768, 0.01, 0.95),
+    "longvideo_8b": ("8b", 10000, 32, 98304, 0.0, 0.99),
+}
 
 
 def load(name: str, *overrides: str) -> ConfigDict:
@@ -92,15 +99,15 @@ def test_quickstart_needs_no_override():
 
 
 def test_recipes_are_those_of_the_public_scripts(tmp_path):
-    want = {"sft_4b": (13745, 16, 10240), "instruct_8b": (5607, 132, 32000)}
-    for name, size in RECIPES.items():
+    for name, (size, *want) in RECIPES.items():
         e = recipe(name, tmp_path)
-        assert (e.steps, e.global_rows, e.pack.seq_len) == want[name]
+        decay, beta2 = e.optimizer.weight_decay, e.optimizer.beta2
+        assert [e.steps, e.global_rows, e.pack.seq_len, decay, beta2] == want
         assert e.model == model_config(size)
         o = e.optimizer
         assert set(o.train) == {"encoder", "merger", "decoder"}
         assert (o.learning_rate, o.end_learning_rate, o.warmup_fraction) == (1e-5, 1e-6, 0.002)
-        assert (o.beta1, o.beta2, o.eps, o.weight_decay, o.clip_norm) == (0.9, 0.99, 1e-5, 0, 1)
+        assert (o.beta1, o.eps, o.clip_norm) == (0.9, 1e-5, 1)
         assert (e.compute.dtype, e.compute.remat) == ("bfloat16", "full")
 
 
@@ -140,6 +147,34 @@ def test_rows_of_a_recipe_take_what_its_data_settings_let_through(name, tmp_path
 def test_meshes_that_the_docstrings_name(name, overrides, shards, grad_accums, tmp_path):
     for n, grad_accum in zip(shards, grad_accums, strict=True):
         recipe(name, tmp_path, *overrides, f"grad_accum={grad_accum}").check_mesh(sizes(n), 1)
+
+
+@pytest.mark.parametrize(
+    "name, chips, overrides",
+    [
+        ("sft_4b", 16, ()),
+        ("midtrain_8b", 128, ()),
+        ("midtrain_8b", 256, ("mesh.context=2",)),
+        ("midtrain_30b_a3b", 128, ()),
+        ("longvideo_8b", 128, ()),
+        (
+            "longvideo_8b",
+            256,
+            (
+                *("mesh.context=8", "pack.seq_len=180224", "pack.vision_rows=((24, 25088),)"),
+                "data.num_frames=768",
+            ),
+        ),
+    ],
+)
+def test_slices_that_recipes_are_planned_for(name, chips, overrides, tmp_path):
+    e = recipe(name, tmp_path, *overrides)
+    e.check_mesh(e.mesh.sizes(chips), 1)
+    if e.data.num_frames:  # a clip of all frames at 392 px, 12 tokens a timestamp, a long caption
+        windows = (4 * 784,) * (e.data.num_frames // 4)
+        tokens = e.data.num_frames * (196 + 12) + 16_000
+        assert fits_alone(SampleSize(tokens, windows), e.pack)
+        assert e.pack.patch_slots == sum(windows)
 
 
 @pytest.mark.parametrize("name, shards", [("sft_4b", 32), ("instruct_8b", 8), ("instruct_8b", 128)])

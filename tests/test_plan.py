@@ -79,15 +79,22 @@ def test_blocks_that_attention_visits():
 
 
 def test_kernels_at_whole_blocks_cost_what_the_windows_need():
-    e = small(**{"pack.vision_rows": ((2, 1024),), "pack.seq_len": 512})
-    fill = work.Filling(sample=512, window=512, clip=512)
-    model = work.model_flops(e, work.step_work(e, fill)).attention
-    kernels = work.attention_kernel_flops(e, fill, block=512, recomputed=False)
+    def cost(remat, **filling):
+        e = small(**{"pack.vision_rows": ((2, 1024),), "pack.seq_len": 512, "compute.remat": remat})
+        fill = work.Filling(**filling, clip=512)
+        model = work.model_flops(e, work.step_work(e, fill)).attention
+        kernels = work.attention_kernel_flops(e, fill)
+        return {part: kernels[part] / model[part] for part in model}
+
+    whole = {"sample": 512, "window": 512}
     # Forward 2 matmuls of 2, backward 7 where the formula has 4; causal: the block is not halved.
-    assert np.isclose(kernels["encoder"] / model["encoder"], 9 / 6)
-    assert np.isclose(kernels["decoder"] / model["decoder"], 2 * 9 / 6)
-    again = work.attention_kernel_flops(e, fill, block=512, recomputed=True)
-    assert np.isclose(again["encoder"] / kernels["encoder"], 11 / 9)
+    for remat, matmuls in (("attention", 9), ("none", 9), ("full", 11), ("up", 11)):
+        found = cost(remat, **whole)
+        assert np.isclose(found["encoder"], matmuls / 6)
+        assert np.isclose(found["decoder"], 2 * matmuls / 6)
+    # Windows of 3 x 256 and one more share blocks of 512: 2 x 2 of them are visited, of which the
+    # windows fill 3^2 + 1 halves.
+    assert np.isclose(cost("none", sample=512, window=768)["encoder"], 16 / 10 * 9 / 6)
 
 
 def test_the_least_bytes_of_weights():
@@ -141,7 +148,7 @@ def test_report_of_a_real_step(plan):
     assert plan["memory"]["kinds"]["moments"] > plan["memory"]["kinds"]["parameters"] > 0
     # Loops of layers and blocks are all counted; nothing is computed twice but blocks of the loss.
     assert not plan["notes"]
-    assert 1 < plan["ratios"]["matmuls"]["ratio"] < 2.2
+    assert 1 < plan["ratios"]["matmuls"]["ratio"] < 1.3
     assert not plan["attention_kernels"]
     assert plan["ratios"]["weights"]["ratio"] > 0.9
     first, second, ceiling = plan["throughput"]
