@@ -320,10 +320,7 @@ def test_what_does_not_fit_is_told_with_its_memory(tmp_path):
     """The compiler refuses it; its dump still says what would lie where."""
     arguments = ["--config.global_rows=64", "--config.model.vision.num_hidden_layers=1"]
     arguments += ["--config.model.text.num_hidden_layers=1", f"--out={tmp_path}"]
-    arguments += [
-        "--config.pack.vision_rows=((400, 4096),)",
-        "--config.compute.attention_block=4096",
-    ]
+    arguments += ["--config.pack.vision_rows=((1600, 4096),)"]
     done = program("--topology=v5e:2x4", *arguments)
     found = json.loads((tmp_path / "plan.json").read_text())
     assert done.returncode == 1 and "does not fit" in done.stdout
