@@ -59,6 +59,12 @@ MOE = dataclasses.replace(
     router_aux_loss_coef=0.1,
 )
 MODELS = {"dense": DENSE, "moe": MOE}
+# Forty programs are compiled and each runs once.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
 
 
 class Result(NamedTuple):
@@ -101,7 +107,7 @@ def run(model: str, mesh_config: MeshConfig | None, remat: str = "full", accum: 
     make = lambda: LlavaOnevision2(config, rngs=nnx.Rngs(0), compute=compute)  # noqa: E731
     graph = nnx.split(nnx.eval_shape(make))[0]
     params = random_params(config, 0)
-    step = jax.jit(lambda p, b: loss_and_grads(graph, p, {}, b, "rows"))
+    step = jax.jit(lambda p, b: loss_and_grads(graph, p, {}, b, "rows"), compiler_options=QUICK)
     if mesh_config is None:
         batch = jax.tree.map(lambda x: x.reshape(accum, -1, *x.shape[1:]), global_batch())
         return jax.tree.map(np.asarray, Result(*step(params, batch)))

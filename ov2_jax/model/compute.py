@@ -34,9 +34,6 @@ class ComputeConfig:
     # Attention kernels in order of preference; the first that the device runs is taken.
     attention: tuple[str, ...] = tuple(BACKENDS)
     remat: str = "full"
-    # One layer is compiled and runs N times. False compiles all N: slower to compile, on a CPU
-    # faster to run.
-    scan_layers: bool = True
     # Logits are made for this many tokens of a row at a time: 32768 x 151936 of them in float32
     # would be 20 GB.
     loss_block: int = 1024
@@ -89,4 +86,4 @@ class ComputeConfig:
         else:
             policy = policies.save_only_these_names(*SAVED[self.remat])
         # Inside a scan nothing can be merged with the forward pass's computation.
-        return jax.checkpoint(layer, policy=policy, prevent_cse=not self.scan_layers)
+        return jax.checkpoint(layer, policy=policy, prevent_cse=False)

@@ -23,7 +23,10 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(n_out)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        # As a product of two matrices: on a CPU the gradients of one with more axes are copied.
+        y = (x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(x.dtype)).reshape(
+            *x.shape[:-1], -1
+        )
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -71,7 +74,8 @@ def scan_layers(
     *,
     compute: ComputeConfig,
 ) -> tuple[Any, Any]:
-    """Runs `carry, y = step(layer, carry, x)` over a stack, and gathers a layer's weights for it.
+    """Runs `carry, y = step(layer, carry, x)` over a stack, and gathers a layer's weights for it;
+    compiles one layer, not n.
 
     Returns the last carry and the stacked ys.
     """
@@ -83,12 +87,4 @@ def scan_layers(
         carry = jax.tree.map(lambda c: checkpoint_name(c, "layer_input"), carry)
         return step(layer, carry, x)
 
-    body = compute.rematerialised(body)
-    stacked = nnx.to_pure_dict(state), xs
-    if compute.scan_layers:
-        return jax.lax.scan(body, carry, stacked)
-    ys = []
-    for i in range(len(jax.tree.leaves(stacked)[0])):
-        carry, y = body(carry, jax.tree.map(lambda x, i=i: x[i], stacked))
-        ys.append(y)
-    return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
+    return jax.lax.scan(compute.rematerialised(body), carry, (nnx.to_pure_dict(state), xs))

@@ -12,8 +12,8 @@ from ov2_jax.training.config import Experiment
 from ov2_jax.training.start import abstract_train_state, model_graph
 from ov2_jax.training.step import TrainState, make_train_step
 
-# Without it a reduce-scatter over all chips of a slice is compiled to an all-reduce: twice the bytes
-# (jax 0.10.2, libtpu 0.0.42). Chips with SparseCores only.
+# Without it a reduce-scatter over all chips of a slice is compiled to an all-reduce: twice the
+# bytes (jax 0.10.2, libtpu 0.0.42). Chips with SparseCores only.
 _SCATTER = {"xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": "true"}
 _COMPILER_OPTIONS = {"TPU v5": _SCATTER, "TPU v5p": _SCATTER, "TPU v6 lite": _SCATTER}
 
