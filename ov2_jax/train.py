@@ -37,6 +37,7 @@ from ov2_jax.training.feed import make_feed, to_devices
 from ov2_jax.training.flops import Work, batch_work, train_flops
 from ov2_jax.training.health import Health
 from ov2_jax.training.metrics import MetricWriter, json_line
+from ov2_jax.training.profile import Profiler
 from ov2_jax.training.program import jit_train_step
 from ov2_jax.training.start import (
     abstract_train_state,
@@ -230,6 +231,7 @@ def _train(experiment: Experiment, stack: contextlib.ExitStack) -> int:
         )
     )
     watcher = stack.enter_context(ThreadPoolExecutor(1))
+    profiler = stack.enter_context(Profiler(workdir, experiment.profile_steps))
     writer.say(f"{'Resuming' if step else 'Starting'} at step {step} on mesh {dict(mesh.shape)}")
     writer.say(f"Attention kernel: {kernel}; remat: {experiment.compute.remat}")
     for note in (*notes, *kernel_notes):
@@ -242,9 +244,11 @@ def _train(experiment: Experiment, stack: contextlib.ExitStack) -> int:
             batch, info = next(loader)
             waited = asked, time.perf_counter()
             work = batch_work(batch)
+            profiler.before(step + 1)
             # Returns at once: the devices work while the host reports and fetches the next batch.
             state, metrics = train_step(state, to_devices(batch, feed, experiment.grad_accum))
             step += 1
+            profiler.after(step, metrics)
             reporter.add(step, metrics, info, work, waited)
             health.beat(step)
             last = step == experiment.steps or stop.asked()

@@ -16,6 +16,7 @@ from ov2_jax.model.config import ConfigError, ModelConfig
 from ov2_jax.sharding import MeshConfig, check_mesh, data_shards
 from ov2_jax.training.loss import REDUCTIONS
 from ov2_jax.training.optimizer import OptimizerConfig
+from ov2_jax.training.profile import check_profile_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Experiment:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     max_skipped_in_a_row: int = 5  # non-finite steps before the run stops
+    profile_steps: tuple[int, ...] = ()  # (first, last): traced into WORKDIR/profile
     wandb_project: str | None = None
     distributed: bool = False  # join jax.distributed before anything else
 
@@ -75,6 +77,7 @@ class Experiment:
         for name in ("steps", "global_rows", "grad_accum", "max_skipped_in_a_row"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        check_profile_steps(self.profile_steps, self.steps)
         if self.loss_reduction not in REDUCTIONS:
             raise ConfigError(
                 f"loss_reduction is {self.loss_reduction!r}; it must be one of {REDUCTIONS}."

@@ -6,7 +6,7 @@ the same, softmax in float32; padding gives zeros.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from ov2_jax.model.attention import plain, splash, triton, xla
 from ov2_jax.model.attention.blocks import Segments, row_segments, visible, visited_blocks
 from ov2_jax.model.attention.plain import masked_attention
+from ov2_jax.model.config import ConfigError
 
 __all__ = [
     "BACKENDS",
@@ -31,6 +32,7 @@ __all__ = [
 class Backend(NamedTuple):
     attention: Callable[..., jax.Array]
     platforms: tuple[str, ...]
+    computed_scores: Callable[..., Any]  # what it costs: entries of the score matrix, a head
 
     def is_supported(self, platform: str) -> bool:
         return platform in self.platforms
@@ -38,19 +40,19 @@ class Backend(NamedTuple):
 
 # In order of preference.
 BACKENDS = {
-    "splash": Backend(splash.attention, ("tpu",)),
-    "triton": Backend(triton.attention, ("gpu",)),
-    "xla": Backend(xla.attention, ("tpu", "gpu", "cpu")),
+    "splash": Backend(splash.attention, ("tpu",), splash.computed_scores),
+    "triton": Backend(triton.attention, ("gpu",), triton.computed_scores),
+    "xla": Backend(xla.attention, ("tpu", "gpu", "cpu"), xla.computed_scores),
 }
 
 
 @functools.cache
 def choose(order: Sequence[str], platform: str) -> str:
-    """The first backend of `order` that runs on "tpu", "gpu" or "cpu"; raises ValueError."""
+    """The first backend of `order` that runs on "tpu", "gpu" or "cpu"; raises ConfigError."""
     for name in order:
         if BACKENDS[name].is_supported(platform):
             return name
-    raise ValueError(f"compute.attention {tuple(order)} has nothing that runs on a {platform}.")
+    raise ConfigError(f"compute.attention {tuple(order)} has nothing that runs on a {platform}.")
 
 
 def first_working(order: Sequence[str]) -> tuple[str, list[str]]:
@@ -71,7 +73,7 @@ def first_working(order: Sequence[str]) -> tuple[str, list[str]]:
         if error < 0.02:
             return name, notes
         notes.append(f"Attention kernel {name} is not used: its results are off by {error:.2g}.")
-    raise ValueError(
+    raise ConfigError(
         f"compute.attention {tuple(order)} has nothing that works on a {jax.default_backend()}."
     )
 

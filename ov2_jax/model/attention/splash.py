@@ -80,6 +80,12 @@ def attention(
     return jnp.where(segments.q_ids[..., None, None] > 0, out, 0)[:, :length]
 
 
+def computed_scores(segments: Segments) -> jax.Array:
+    """How many scores `attention` computes for these rows in one head, int32 [B]."""
+    sizes = block_size(segments.q_ids.shape[1]), block_size(segments.k_ids.shape[1])
+    return visited_blocks(segments, *sizes).sum((1, 2)) * (sizes[0] * sizes[1])
+
+
 def _padded(x: jax.Array) -> jax.Array:
     """Axis 1 up to a multiple of 128, with zeros."""
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % _LANES)] + [(0, 0)] * (x.ndim - 2))
