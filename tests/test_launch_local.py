@@ -22,12 +22,13 @@ from ov2_jax.training.config import experiment_from
 from tests.runs import REPOSITORY, SMALL, config_of, run
 
 STEPS = 24
+ROWS = {"pack.vision_rows": ((8, 64),)}  # which 8 devices can share
 
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory, data) -> Path:
     root = tmp_path_factory.mktemp("plan")
-    e = experiment_from(config_of(root / "unused", data))
+    e = experiment_from(config_of(root / "unused", data, **ROWS))
     job = Job(e.data, e.pack, e.model, e.tokenizer, seed=e.seed, out=str(root / "plan"))
     with Processes(1) as processes:
         prepare(job, processes, console=Console(file=io.StringIO()))
@@ -35,15 +36,18 @@ def plan(tmp_path_factory, data) -> Path:
 
 
 def changes(plan: Path) -> dict:
-    return {"steps": STEPS, "checkpoint.every": 4, "data.plan": str(plan)}
+    return {"steps": STEPS, "checkpoint.every": 4, "data.plan": str(plan), **ROWS}
 
 
 class Launched:
     """launch.local in a process of its own, its output in a file."""
 
-    def __init__(self, workdir: Path, data: Path, plan: Path, *, processes: int, devices: int):
+    def __init__(
+        self, workdir: Path, data: Path, plan: Path, *, processes: int, devices: int, **mesh: int
+    ):
         self.log = workdir.with_suffix(".log")
         values = {"data.sources": ({"path": str(data)},), **SMALL, **changes(plan)}
+        values |= {f"mesh.{axis}": size for axis, size in mesh.items()}
         command = [sys.executable, "-m", "launch.local", f"--processes={processes}"]
         command += [f"--devices-per-process={devices}", "--", "--config=configs/quickstart.py"]
         command += [f"--config.workdir={workdir}"]
@@ -79,11 +83,12 @@ def test_killed_stopped_and_resumed_it_is_the_run_of_one_process(tmp_path, data,
     beat = json.loads((many / "heartbeat/process_00001.json").read_text())
     os.kill(beat["pid"], signal.SIGKILL)
     said = job.end(1, seconds=30)
-    assert "Starting at step 0 on mesh {'data': 1, 'fsdp': 8}" in said
+    assert "Starting at step 0 on mesh {'data': 1, 'fsdp': 8, " in said
     assert "launch.local: Process 1 was ended by SIGKILL (status 137), so the job was" in said
     assert (many / "compilation_cache").exists()
 
-    job = Launched(many, data, plan, processes=2, devices=4)
+    # Now every pack is spread over both processes: each reads all of them.
+    job = Launched(many, data, plan, processes=2, devices=4, fsdp=1, context=8)
     job.until(lambda: "Resuming at step" in job.log.read_text())
     job.process.send_signal(signal.SIGTERM)
     said = job.end(INTERRUPTED)
