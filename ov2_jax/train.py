@@ -232,7 +232,8 @@ def _train(experiment: Experiment, stack: contextlib.ExitStack) -> int:
     )
     watcher = stack.enter_context(ThreadPoolExecutor(1))
     profiler = stack.enter_context(Profiler(workdir, experiment.profile_steps))
-    writer.say(f"{'Resuming' if step else 'Starting'} at step {step} on mesh {dict(mesh.shape)}")
+    axes = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1) or "one device"
+    writer.say(f"{'Resuming' if step else 'Starting'} at step {step} on {axes}")
     writer.say(f"Attention kernel: {kernel}; remat: {experiment.compute.remat}")
     for note in (*notes, *kernel_notes):
         writer.say(note)

@@ -128,7 +128,7 @@ def test_two_processes_make_one_run(tmp_path, data):
     ]
     errors = [process.communicate(timeout=180)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
-    assert "Starting at step 0 on mesh {'data': 1, 'fsdp': 8}" in errors[0]
+    assert "Starting at step 0 on fsdp 8" in errors[0]
     got = losses(tmp_path / "run")
     assert list(got) == [1, 2, 3, 4] and all(np.isfinite(list(got.values())))
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
