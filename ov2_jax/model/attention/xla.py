@@ -21,6 +21,8 @@ from ov2_jax.model.attention.blocks import Segments, visited_blocks
 # Below any real score, and, as the logsumexp of a query that sees nothing, above any: finite, so
 # that no difference of two of them is a NaN.
 _FAR = 1e30
+# Tokens of a block, at most.
+BLOCK = 192
 # Blocks are a multiple of this where rows are cut at all; the CPU's matmul works in such panels.
 _ALIGN = 32
 
@@ -31,8 +33,8 @@ def attention(
     v: jax.Array,  # [B K J D]
     segments: Segments,
     *,
-    block_q: int = 512,
-    block_k: int = 512,
+    block_q: int = BLOCK,
+    block_k: int = BLOCK,
 ) -> jax.Array:
     """Softmax attention inside segments, [B Q H D] in q's dtype; scores and softmax float32.
 
@@ -43,7 +45,7 @@ def attention(
     return _attention(q, k, v, segments, block_q, block_k)
 
 
-def computed_scores(segments: Segments, *, block_q: int = 512, block_k: int = 512) -> jax.Array:
+def computed_scores(segments: Segments, *, block_q: int = BLOCK, block_k: int = BLOCK) -> jax.Array:
     """How many scores `attention` computes for these rows in one head, int32 [B]."""
     blocks = _Blocks.of(segments, block_q, block_k)
     return blocks.count.sum(-1) * (blocks.q_size * blocks.k_size)
