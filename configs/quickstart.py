@@ -48,7 +48,9 @@ def get_config() -> ConfigDict:
             "workdir": "runs/quickstart/model",
             "model": model,
             "tokenizer": str(TOKENIZER),
-            "steps": 1200,  # four to five minutes on two cores
+            # Six minutes on two cores. With 1200 comparing pictures and reading digits, which come
+            # last, were right in 68 % of the held-out questions, with 1600 in 85 %.
+            "steps": 1600,
             "global_rows": 8,
             "data": {
                 "sources": ({"path": "runs/quickstart/data/train.jsonl"},),
