@@ -304,6 +304,70 @@ def test_asynchronous_and_fused_collectives_count_once():
     }
 
 
+STEPS = """
+%start (p: bf16[32,16]) -> (bf16[64,16], u32[]) {
+  %p = bf16[32,16]{1,0} parameter(0)
+  %ag.1 = bf16[64,16]{1,0} all-gather(%p), replica_groups=[4,2]<=[8], dimensions={0}
+  ROOT %c = (bf16[64,16]{1,0}, u32[]) custom-call(%p, %ag.1), custom_call_target="START"
+}
+
+%async_collective_fusion.7 (q: bf16[64,16], x: bf16[8,64]) -> (bf16[8,16], bf16[64,16]) {
+  %q = bf16[64,16]{1,0} parameter(0)
+  %x = bf16[8,64]{1,0} parameter(1)
+  %half = bf16[32,16]{1,0} slice(%q), slice={[0:32], [0:16]}
+  %ag.2 = bf16[64,16]{1,0} all-gather(%half), replica_groups=[4,2]<=[8], dimensions={0}
+  %dot = bf16[8,16]{1,0} dot(%x, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (bf16[8,16]{1,0}, bf16[64,16]{1,0}) tuple(%dot, %q)
+}
+
+%done (p: bf16[32,16], r: bf16[64,16]) -> bf16[64,16] {
+  %p = bf16[32,16]{1,0} parameter(0)
+  %r = bf16[64,16]{1,0} parameter(1)
+  %ag.3 = bf16[64,16]{1,0} all-gather(%p), replica_groups=[4,2]<=[8], dimensions={0}
+  ROOT %c = bf16[64,16]{1,0} custom-call(%p, %r, %ag.3), custom_call_target="DONE"
+}
+
+ENTRY %main (a: bf16[32,16], x: bf16[8,64]) -> bf16[64,16] {
+  %a = bf16[32,16]{1,0} parameter(0)
+  %x = bf16[8,64]{1,0} parameter(1)
+  %s = (bf16[64,16]{1,0}, u32[]) fusion(%a), kind=kCustom, calls=%start
+  %g = bf16[64,16]{1,0} get-tuple-element(%s), index=0
+  %m = (bf16[8,16]{1,0}, bf16[64,16]{1,0}) fusion(%g, %x), calls=%async_collective_fusion.7
+  %h = bf16[64,16]{1,0} get-tuple-element(%m), index=1
+  ROOT %d = bf16[64,16]{1,0} fusion(%a, %h), kind=kCustom, calls=%done
+}
+"""
+
+
+def test_a_collective_that_runs_in_steps_counts_once():
+    """As libtpu writes it with asynchronous collective fusion; its matmuls count all the same."""
+    text = STEPS.replace("START", "AsyncCollectiveStart").replace("DONE", "AsyncCollectiveDone")
+    module = hlo.parse(text)
+    runs = loops.runs(module)
+    (row,) = collectives.collectives(module, runs, MESH)
+    assert (row.name, row.kind, row.bytes) == ("ag.1", "all-gather", 64 * 16 * 2 / 2)
+    assert matmul_flops(module) == 2 * 8 * 16 * 64
+
+
+def test_attributes_of_kernels_may_have_lines_of_their_own():
+    text = """
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %k = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call", attributes={
+"blocks": {"block_q": 512
+}
+}, metadata={op_name="jit(f)/splash"}, backend_config={"cost_estimate":{"flops":"96"}}
+  ROOT %r = f32[8]{0} copy(%k)
+}
+
+"""
+    module = hlo.parse(text)
+    main = module.computations["main"]
+    assert list(main.instructions) == ["p", "k", "r"] and main.root.name == "r"
+    (kernel,) = flops.matmuls(module, loops.runs(module))
+    assert (kernel.kernel, kernel.attention, kernel.flops) == (True, True, 96)
+
+
 def test_hbm_traffic_counts_slices_of_stacks_and_no_memory_on_the_chip():
     text = """
 %slice (s: f32[6,8,128], i: s32[]) -> f32[8,128] {

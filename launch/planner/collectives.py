@@ -107,6 +107,16 @@ def _base(opcode: str) -> str | None:
     return kind if kind in KINDS else None
 
 
+def _goes_on(computation: Computation) -> bool:
+    """Whether it only carries a collective on that began before.
+
+    On TPUs a collective may run in steps beside matmuls: in a fusion that starts it, in those of
+    the matmuls, and in one that ends it. Each of them names it.
+    """
+    ends = computation.root is not None and "AsyncCollectiveDone" in computation.root.attributes
+    return ends or computation.name.startswith("async_collective_fusion")
+
+
 def _sliced(computation: Computation) -> Instruction | None:
     """The root of a fused all-reduce of which each device keeps a slice: a reduce-scatter."""
     root = computation.root
@@ -136,7 +146,7 @@ def collectives(module: Module, runs: Runs, mesh: Mapping[str, int]) -> list[Col
     devices, found = math.prod(mesh.values()), []
     for computation in module.computations.values():
         times = runs.times.get(computation.name, 0)
-        if not times:
+        if not times or _goes_on(computation):
             continue
         for this in computation:
             kind = _base(this.opcode)

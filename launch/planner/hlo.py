@@ -6,7 +6,7 @@ XLA has no stable API for compiled programs in Python, but its text form is one 
     [ROOT] %name = TYPE opcode(%operand, ...), attribute=value, ..., metadata={...}
 
 and a computation is a header line that ends in `{`, its instructions, and a line `}`. Computations
-come before those that use them, the entry last.
+come before those that use them, the entry last, with an empty line behind each.
 """
 
 import math
@@ -146,13 +146,14 @@ def parse(text: str) -> Module:
     """Raises ValueError where the text has no entry computation."""
     computations: dict[str, Computation] = {}
     entry, current = None, None
-    for line in text.splitlines():
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
         if current is None:
             header = _HEADER.match(line)
             if header and not line.startswith("HloModule"):
                 current = Computation(header[2])
                 entry = current.name if header[1] else entry
-        elif line == "}":
+        elif line == "}" and not "".join(lines[number + 1 : number + 2]):
             computations[current.name] = current
             current = None
         elif start := _LINE.match(line):

@@ -6,6 +6,7 @@ and where it puts one into its result, what it puts. Caches within a kernel, and
 an operand several times, are not seen: the truth lies somewhat above.
 """
 
+from launch.planner.collectives import KINDS
 from launch.planner.hlo import Computation, Instruction, Module
 from launch.planner.loops import Runs
 
@@ -42,6 +43,8 @@ def _read(parameter: Instruction, users: dict[str, list[Instruction]]) -> int:
             total += this.bytes
         elif this.opcode == "dynamic-update-slice" and this.operands[0] in seen:
             continue  # written in place
+        elif this.opcode in ("tuple", "custom-call", *KINDS):
+            continue  # handed on; a collective counts where it starts
         elif this.opcode == "bitcast":
             seen.add(this.name)
             waiting += users.get(this.name, [])
@@ -54,6 +57,8 @@ def _written(root: Instruction, where: Computation) -> int:
     """What a fusion writes: of a dynamic-update-slice in place, the update."""
     while root.opcode == "bitcast" and root.operands[0] in where.instructions:
         root = where[root.operands[0]]
+    if root.opcode == "parameter":
+        return 0  # handed on
     if root.opcode == "tuple":
         return sum(_written(where[name], where) for name in root.operands)
     if root.opcode == "dynamic-update-slice":
