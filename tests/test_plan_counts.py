@@ -275,7 +275,7 @@ ASYNC = """
 %wrapped (j: bf16[64,16]) -> bf16[64,16] {
   %j = bf16[64,16]{1,0} parameter(0)
   ROOT %a2a = bf16[64,16]{1,0} all-to-all(%j), replica_groups=[4,2]<=[2,2,2]T(0,2,1), dimensions={0}
-}
+}, execution_thread="sparsecore"
 
 ENTRY %main (p: bf16[32,16], q: bf16[64,16]) -> bf16[64,16] {
   %p = bf16[32,16]{1,0} parameter(0)

@@ -76,7 +76,7 @@ class Instruction(NamedTuple):
 
     def called(self) -> list[str]:
         """Computations that run once when this does (a while loop's are for `loops`)."""
-        if self.opcode in ("fusion", "call", "custom-call", "async-start"):
+        if self.opcode in ("fusion", "call", "call-start", "custom-call", "async-start"):
             found = _CALLS.findall(self.attributes)
         elif self.opcode == "conditional":
             found = _TRUE_FALSE.findall(self.attributes)
@@ -153,7 +153,7 @@ def parse(text: str) -> Module:
             if header and not line.startswith("HloModule"):
                 current = Computation(header[2])
                 entry = current.name if header[1] else entry
-        elif line == "}" and not "".join(lines[number + 1 : number + 2]):
+        elif line.startswith("}") and not "".join(lines[number + 1 : number + 2]):
             computations[current.name] = current
             current = None
         elif start := _LINE.match(line):
