@@ -8,12 +8,12 @@ shape is a gradient, any other stack over the layers is what they keep for the b
 import math
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
-from launch.planner.hlo import Module, arrays_of
+from launch.planner.hlo import Instruction, Module, arrays_of
 
 _ALLOCATION = re.compile(r"allocation \d+: size (\d+), (.*):$")
 _VALUE = re.compile(
@@ -89,6 +89,16 @@ def _plain(shape: str) -> str:
     return f"{arrays[0].dtype}[{','.join(map(str, arrays[0].dims))}]" if arrays else shape[:40]
 
 
+def _origin(name: str, instructions: Mapping[str, Instruction]) -> str:
+    """The operation that a value comes from; the compiler's own copies are followed back."""
+    for _ in range(8):
+        this = instructions.get(name)
+        if this is None or this.op_name or not this.operands:
+            return this.op_name if this else ""
+        name = this.operands[0]
+    return ""
+
+
 def local_shapes(tree: Any) -> list[tuple[tuple[int, ...], int]]:
     """(shape, bytes) of what a device holds of each leaf."""
     found = []
@@ -106,7 +116,7 @@ def local_bytes(tree: Any) -> int:
 def allocations(dump: pathlib.Path, module: Module, params: Any, layers: set[int]) -> Allocations:
     """From the compiler's dump of its buffer assignment; `layers` are lengths of layer stacks."""
     total, values = _read(dump)
-    names = {i.name: i.op_name for c in module.computations.values() for i in c if i.op_name}
+    instructions = {i.name: i for c in module.computations.values() for i in c}
     weights = {shape for shape, _ in local_shapes(params) if len(shape) > 1}
     heap = []
     for place in _cover(values):
@@ -118,6 +128,7 @@ def allocations(dump: pathlib.Path, module: Module, params: Any, layers: set[int
             kind = "kept by layers"
         else:
             kind = "other"
-        op_name = next((names[v.name] for v in place if v.name in names), place[0].name)
+        origins = (_origin(value.name, instructions) for value in place)
+        op_name = next((origin for origin in origins if origin), place[0].name)
         heap.append(Buffer(place[0].size, _plain(place[0].shape), kind, op_name))
     return Allocations(total["arguments"], total["temporaries"], total["other"], heap)
