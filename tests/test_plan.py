@@ -146,8 +146,8 @@ def test_report_of_a_real_step(plan):
     assert plan["chips"] == 8 and plan["memory"]["fits"]
     state = small()
     assert plan["memory"]["kinds"]["moments"] > plan["memory"]["kinds"]["parameters"] > 0
-    # Loops of layers and blocks are all counted; nothing is computed twice but blocks of the loss.
-    assert not plan["notes"]
+    # On a CPU attention loops over as many blocks as the data has; every other loop is counted.
+    assert all("could not be told" in note for note in plan["notes"])
     assert 1 < plan["ratios"]["matmuls"]["ratio"] < 1.3
     assert not plan["attention_kernels"]
     assert plan["ratios"]["weights"]["ratio"] > 0.9
@@ -160,7 +160,7 @@ def test_report_of_a_real_step(plan):
 
 def test_more_memory_than_there_is_does_not_fit(plan):
     plan = plan | {"memory": plan["memory"] | {"fits": False, "reason": "out of <memory>"}}
-    assert show.verdict(plan).startswith("does not fit: ")
+    assert show.verdict(plan).startswith("does not fit: buffers ")
     assert "out of &lt;memory&gt;" in show.html(plan)
 
 
@@ -197,7 +197,7 @@ def test_files_of_a_plan(plan, tmp_path, capsys):
     assert "it &lt;broke&gt;" in text and "&lt;dot &amp; co&gt;" in text and "<it>" not in text
     show.print_plan(plan)
     printed = capsys.readouterr().out
-    assert "fits: " in printed and "MFU at most" in printed and "it <broke>" in printed
+    assert "fits: buffers " in printed and "MFU at most" in printed and "it <broke>" in printed
 
 
 def test_every_number_of_the_table_of_chips_is_a_chip_that_can_be_named():
@@ -324,4 +324,6 @@ def test_what_does_not_fit_is_told_with_its_memory(tmp_path):
     done = program("--topology=v5e:2x4", *arguments)
     found = json.loads((tmp_path / "plan.json").read_text())
     assert done.returncode == 1 and "does not fit" in done.stdout
-    assert found["memory"]["total"] > 16e9 and "exceeds available HBM" in found["memory"]["reason"]
+    assert (
+        found["memory"]["buffers"] > 16e9 and "exceeds available HBM" in found["memory"]["reason"]
+    )

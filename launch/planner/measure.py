@@ -121,28 +121,28 @@ def memory_of(
 ) -> dict[str, Any]:
     """HBM by kind; what the compiler says of the whole, shapes and its list of buffers of parts."""
     stats = compiled.stats
+    buffers = held.arguments + held.temporaries + held.other
     if stats is None:
         parts = held.arguments, held.temporaries, held.other
     else:
         results = stats.output_size_in_bytes - stats.alias_size_in_bytes
         code = stats.generated_code_size_in_bytes
         parts = stats.argument_size_in_bytes, stats.temp_size_in_bytes, results + code
-    moments = memory.local_bytes(state.opt_state)
     arguments = {
         "parameters": memory.local_bytes(state.params),
-        "moments": moments,
+        "moments": memory.local_bytes(state.opt_state),
         "batch": memory.local_bytes(batch),
     }
     heap = dict.fromkeys(("gradients", "kept by layers"), 0)
     for buffer in held.heap:
         if buffer.kind in heap:
             heap[buffer.kind] += buffer.bytes
-    total = sum(parts)
     return {
-        "fits": compiled.reason is None and total <= usable,
+        "fits": compiled.reason is None,
         "reason": compiled.reason,
         "usable": usable,
-        "total": total,
+        "total": sum(parts),
+        "buffers": buffers,
         "arguments": parts[0],
         "temporaries": parts[1],
         "results_and_code": parts[2],
@@ -150,7 +150,8 @@ def memory_of(
             **arguments,
             "tile padding": max(0, parts[0] - sum(arguments.values())),
             **heap,
-            "other temporaries": max(0, parts[1] - sum(heap.values())),
+            "other temporaries": max(0, held.temporaries - sum(heap.values())),
+            "reserved beside buffers": max(0, parts[1] - held.temporaries),
             "results and code": parts[2],
         },
         "largest": [b._asdict() for b in held.heap[:_ROWS]],

@@ -61,7 +61,10 @@ for _filter in (gib, tera, times, seconds, amount, mesh_text, outcome):
 def verdict(plan: Mapping[str, Any]) -> str:
     memory = plan["memory"]
     word = "fits" if memory["fits"] else "does not fit"
-    return f"{word}: {gib(memory['total'])} of the {gib(memory['usable'])} that a program may use"
+    text = f"{word}: buffers {gib(memory['buffers'])} of the {gib(memory['usable'])} that a program"
+    if memory["total"] > memory["buffers"]:
+        return f"{text} may use, {gib(memory['total'])} with all that is reserved"
+    return f"{text} may use"
 
 
 def _table(console: Console, title: str, columns: list[str], rows: list[list[str]]) -> None:
