@@ -264,6 +264,17 @@ def test_axes_of_groups():
     assert collectives.axes_of(np.arange(8)[None], MESH) == ("data", "fsdp", "tensor")
 
 
+def test_what_moves_weights():
+    def row(op_name, *axes):
+        return collectives.Collective("x", op_name, "all-gather", axes, 2, "f32[2]", 1, 1.0)
+
+    weights = [row("jit(f)/weights/all_gather", "context"), row("", "fsdp"), row("", "data")]
+    weights += [row("", "fsdp", "context")]
+    others = [row("jit(f)/loss_weights/psum", "context"), row("", "tensor"), row("", "expert")]
+    found = collectives.split([*weights, *others])
+    assert found == {"weights": weights, "activations": others}
+
+
 ASYNC = """
 %all-reduce-scatter (i: bf16[64,16]) -> bf16[32,16] {
   %i = bf16[64,16]{1,0} parameter(0)

@@ -177,7 +177,7 @@ def by_kind_and_axes(rows: Iterable[Collective]) -> dict[tuple[str, str], float]
     return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
-# The axes along which weights are gathered, and the name that the model gives these collectives.
+# Axes along which only weights and gradients travel, and the name that the model gives these.
 _WEIGHT_AXES = {"data", "fsdp"}
 _WEIGHTS = re.compile(r"\bweights\b")
 
@@ -185,12 +185,12 @@ _WEIGHTS = re.compile(r"\bweights\b")
 def split(rows: Iterable[Collective]) -> dict[str, list[Collective]]:
     """Those that move weights and their gradients, and those that move activations.
 
-    By the operation's name where it says `weights`; else by axes: along `data` and `fsdp` nothing
-    but weights and gradients travels.
+    By the operation's name where it says `weights`; else by axes: what goes along `data` or `fsdp`
+    can be nothing else. (The compiler drops the names of some.)
     """
     found: dict[str, list[Collective]] = {"weights": [], "activations": []}
     for row in rows:
         named = _WEIGHTS.search(row.op_name)
-        weights = named or set(row.axes) <= _WEIGHT_AXES
+        weights = named or set(row.axes) & _WEIGHT_AXES
         found["weights" if weights else "activations"].append(row)
     return found
