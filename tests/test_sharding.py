@@ -164,7 +164,7 @@ def test_three_axes_and_micro_steps():
     check_equal(run("moe", MeshConfig(data=2, fsdp=1, expert=2, context=2), accum=2), want)
 
 
-@pytest.mark.parametrize("remat", ["none", "attention", "up", "projections"])
+@pytest.mark.parametrize("remat", ["none", "attention", "up", "projections", "offload"])
 def test_remat_policies_change_nothing(remat):
     check_equal(run("dense", pair("fsdp", "tensor"), remat), run("dense", None))
 

@@ -75,12 +75,12 @@ class TestInterrupted:
         return start(workdir, data, changes, {"XLA_FLAGS": ""})
 
     def wait_until(self, process: subprocess.Popen, condition) -> None:
-        for _ in range(12000):
+        for _ in range(36000):
             if condition():
                 return
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.005)
-        pytest.fail("the run did not get there in a minute")
+        pytest.fail("the run did not get there in three minutes")
 
     def finish(self, process: subprocess.Popen, status: int = 0) -> str:
         _, errors = process.communicate(timeout=120)
