@@ -315,7 +315,8 @@ def test_a_training_run_by_a_plan_goes_on_with_fewer_processes(tmp_path, quickst
     (item / "process_0-of-1.json").unlink()
     assert state["next"] == 16
     half = {**state, "counts": {"seen": 1}, "reasons": {}}
-    rest = {**state, "counts": {"seen": state["counts"]["seen"] - 1}, "given": {"train": [0, 0]}}
+    seen = {"seen": state["counts"]["seen"] - 1}
+    rest = {**state, "share": 1, "counts": seen, "given": {"train": [0, 0]}}
     (item / "process_0-of-2.json").write_text(json.dumps(half))
     with pytest.raises(CheckpointError, match="state of every process"):
         run(tmp_path / "broken", path, steps=3, **changes)

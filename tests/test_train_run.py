@@ -83,7 +83,7 @@ class TestInterrupted:
         pytest.fail("the run did not get there in three minutes")
 
     def finish(self, process: subprocess.Popen, status: int = 0) -> str:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == status, errors
         return errors
 
@@ -126,7 +126,7 @@ def test_two_processes_make_one_run(tmp_path, data):
         start(tmp_path / "run", data, changes, {**slurm, "SLURM_PROCID": n, "SLURM_LOCALID": n})
         for n in ("0", "1")
     ]
-    errors = [process.communicate(timeout=180)[1] for process in processes]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     assert "Starting at step 0 on fsdp 8" in errors[0]
     got = losses(tmp_path / "run")
