@@ -226,12 +226,13 @@ def _model_outputs(config: ModelConfig, params: dict[str, Any]) -> Outputs:
     @jax.jit
     def vision(state: nnx.State, rows: VisionRows) -> dict[str, jax.Array]:
         model = nnx.merge(graph, state)
-        features, layers = model.encoder(*(x[0] for x in rows), collect_layers=True)
-        named = {f"vision_layer{i}": layer[0] for i, layer in enumerate(layers)}
+        patches, positions, segments = (x[0] for x in rows)  # one row
+        features, layers = model.encoder(patches[0], positions[0], [segments], collect_layers=True)
+        named = {f"vision_layer{i}": layer for i, layer in enumerate(layers)}
         return named | {
-            "vision_last": layers[-1, 0],
-            "vision_post_norm": features[0],  # the same where there is no post-norm
-            "vision_merged": model.merger(features)[0],
+            "vision_last": layers[-1],
+            "vision_post_norm": features,  # the same where there is no post-norm
+            "vision_merged": model.merger(features),
         }
 
     def text(state: nnx.State, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -284,7 +285,8 @@ def _encoder_outputs(config: VisionConfig, params: dict[str, Any]) -> Outputs:
     def run(state: nnx.State, patches: jax.Array, positions: jax.Array) -> dict[str, jax.Array]:
         model = nnx.merge(graph, state)
         whole = jnp.ones(patches.shape[:2], jnp.int32)  # a sample is one window
-        features, _ = model(patches, positions, whole)
+        flat = (x.reshape(-1, x.shape[-1]) for x in (patches, positions))
+        features = model(*flat, [whole])[0].reshape(*whole.shape, -1)
         found = {"last_hidden_state": features}
         if config.use_head:
             found["pooler_output"] = model.pool(features, whole)

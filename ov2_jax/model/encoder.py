@@ -1,9 +1,11 @@
 """OneVision-Encoder: a native-resolution ViT with (t, h, w) RoPE and windowed attention.
 
-Dimension letters: B rows, P patches of a row, D width, H heads.
+Dimension letters: N patches of all rows, B rows, P patches of a row, D width, H heads.
 """
 
 import functools
+import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,8 @@ from ov2_jax.model.compute import ComputeConfig
 from ov2_jax.model.config import VisionConfig
 from ov2_jax.model.layers import NORMS, Linear, RMSNorm, scan_layers, stack
 from ov2_jax.model.rope import Rope, rotate_neighbours, vision_rope
+
+Classes = tuple[Segments, ...]  # of the classes of rows
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -31,14 +35,19 @@ class Attention(nnx.Module):
         self.proj = linear(width, width, bias=True)
 
     def __call__(
-        self, x: jax.Array, rope: Rope, segments: Segments, backends: tuple[str, ...]
+        self, x: jax.Array, rope: Rope, classes: Classes, backends: tuple[str, ...]
     ) -> jax.Array:
-        b, p, d = x.shape
-        qkv = self.qkv(x).reshape(b, p, 3, self.heads, d // self.heads)
-        q, k = rotate_neighbours(qkv[:, :, 0], rope), rotate_neighbours(qkv[:, :, 1], rope)
-        q, k, v = checkpoint_name((q, k, qkv[:, :, 2]), "qkv")
-        out = attention(q, k, v, segments, backends=backends)
-        return self.proj(out.reshape(b, p, d))
+        n, d = x.shape
+        qkv = self.qkv(x).reshape(n, 3, self.heads, d // self.heads)
+        q, k = rotate_neighbours(qkv[:, 0], rope), rotate_neighbours(qkv[:, 1], rope)
+        q, k, v = checkpoint_name((q, k, qkv[:, 2]), "qkv")
+        out, start = [], 0
+        for segments in classes:
+            shape = segments.q_ids.shape
+            own = slice(start, start := start + math.prod(shape))
+            rows = (z[own].reshape(*shape, self.heads, -1) for z in (q, k, v))
+            out.append(attention(*rows, segments, backends=backends).reshape(-1, d))
+        return self.proj(jnp.concatenate(out))
 
 
 class MLP(nnx.Module):
@@ -60,9 +69,9 @@ class EncoderLayer(nnx.Module):
         self.mlp = MLP(config, rngs)
 
     def __call__(
-        self, x: jax.Array, rope: Rope, segments: Segments, backends: tuple[str, ...]
+        self, x: jax.Array, rope: Rope, classes: Classes, backends: tuple[str, ...]
     ) -> jax.Array:
-        x = x + self.attn(self.layer_norm1(x), rope, segments, backends)
+        x = x + self.attn(self.layer_norm1(x), rope, classes, backends)
         x = checkpoint_name(x, "attended")
         return x + self.mlp(self.layer_norm2(x))
 
@@ -109,6 +118,9 @@ class PoolingHead(nnx.Module):
 class VisionEncoder(nnx.Module):
     """The encoder by itself: patches and their positions in, patch features out.
 
+    Rows of a class are of one length. Only attention cares for rows; all else takes the patches of
+    all classes together, so that a layer is gathered, compiled and run once, whatever the classes.
+
     In a standalone encoder a sample is one row and one window, its patches in raster order. In the
     full model a row holds several windows and patches come in m x m block order; the encoder does
     not care.
@@ -131,22 +143,22 @@ class VisionEncoder(nnx.Module):
 
     def __call__(
         self,
-        patches: jax.Array,  # float [B P C*p*p], normalised
-        patch_positions: jax.Array,  # int [B P 3]
-        segment_ids: jax.Array,  # int [B P], windows; 0 is padding
+        patches: jax.Array,  # float [N C*p*p], normalised: the rows of the classes, one by one
+        patch_positions: jax.Array,  # int [N 3]
+        segment_ids: Sequence[jax.Array],  # of each class int [B P], windows; 0 is padding
         *,
         collect_layers: bool = False,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Features [B P D], behind the post-norm if there is one, and each layer's output
-        [layers B P D] if `collect_layers`."""
+        """Features [N D], behind the post-norm if there is one, and each layer's output
+        [layers N D] if `collect_layers`."""
         rope = vision_rope(
             patch_positions, head_dim=self.config.head_dim, theta=self.config.rope_theta
         )
-        segments = row_segments(segment_ids, causal=False)
+        classes = tuple(row_segments(ids, causal=False) for ids in segment_ids)
         x = self.layernorm_pre(self.patch_embedding(patches.astype(self.compute.jax_dtype)))
 
         def step(layer: EncoderLayer, x: jax.Array, _: None) -> tuple:
-            x = layer(x, rope, segments, self.compute.backends)
+            x = layer(x, rope, classes, self.compute.backends)
             return x, (x if collect_layers else None)
 
         x, layers = scan_layers(self.layers, step, x, compute=self.compute)

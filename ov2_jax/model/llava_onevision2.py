@@ -5,6 +5,7 @@ The shape letters are those of ov2_jax/data/batch.py; D is the decoder's width.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ov2_jax.data.batch import Batch, VisionRows
@@ -36,14 +37,16 @@ class LlavaOnevision2(nnx.Module):
 
         Every device encodes its own vision rows, whatever axis of the mesh it is on.
         """
-        merged = []
-        for rows in vision:
-            packs = rows.patches.shape[0]
-            patches, positions, segments = (x.reshape(-1, *x.shape[2:]) for x in rows)
-            features, _ = self.encoder(normalize_patches(patches), positions, segments)
-            tokens = self.merger(features)  # G*R W/m^2 D
-            tokens = gather_vision(tokens.reshape(packs, -1, *tokens.shape[1:]))  # G R W/m^2 D
-            merged.append(tokens.reshape(packs, -1, tokens.shape[-1]))
+        packs = vision[0].patches.shape[0]
+        patches = jnp.concatenate([x.patches.reshape(-1, x.patches.shape[-1]) for x in vision])
+        positions = jnp.concatenate([x.patch_positions.reshape(-1, 3) for x in vision])
+        segments = [x.segment_ids.reshape(-1, x.segment_ids.shape[-1]) for x in vision]
+        features, _ = self.encoder(normalize_patches(patches), positions, segments)
+        tokens = self.merger(features)  # of all classes' rows, one by one
+        ends = np.cumsum([x.size for x in segments]) // self.config.vision.merge_unit
+        merged = [
+            gather_vision(x.reshape(packs, -1, x.shape[-1])) for x in jnp.split(tokens, ends[:-1])
+        ]  # G R*W/m^2 D
         return jnp.concatenate(merged, 1)
 
     def embed(self, batch: Batch) -> jax.Array:

@@ -21,6 +21,6 @@ class Merger(nnx.Module):
         self.fc2 = linear(self.block, config.out_hidden_size, bias=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B P D] in block order -> [B P/m^2 D']."""
-        x = self.ln_q(x).reshape(x.shape[0], -1, self.block)
+        """[N D] in block order -> [N/m^2 D']."""
+        x = self.ln_q(x).reshape(-1, self.block)
         return self.fc2(gelu(self.fc1(x)))
