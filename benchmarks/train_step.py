@@ -39,6 +39,7 @@ from ov2_jax.quickstart import TOKENIZER
 from ov2_jax.sharding import make_mesh, parameter_shardings
 from ov2_jax.training.config import Experiment
 from ov2_jax.training.flops import batch_work, forward_flops, train_flops
+from ov2_jax.training.host_memory import keep_freed_memory
 from ov2_jax.training.optimizer import PARTS, OptimizerConfig
 from ov2_jax.training.program import abstract_batch, jit_train_step
 from ov2_jax.training.start import random_params
@@ -310,6 +311,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise ConfigError("--case=FILE.json is missing; benchmarks/cases has some.")
             case = read_case(args.case)
             use_cores(case.threads)
+            keep_freed_memory()  # as training does
             jax.config.update("jax_platforms", "cpu")
             settings = {"device": "cpu", "dtype": "float32", "peak": None}
         return 0 if benchmark(case, args.reference, rounds=args.rounds, **settings) else 1

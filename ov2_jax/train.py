@@ -36,6 +36,7 @@ from ov2_jax.training.distributed import StopSignal, join
 from ov2_jax.training.feed import make_feed, to_devices
 from ov2_jax.training.flops import Work, batch_work, train_flops
 from ov2_jax.training.health import Health
+from ov2_jax.training.host_memory import keep_freed_memory
 from ov2_jax.training.metrics import MetricWriter, json_line
 from ov2_jax.training.profile import Profiler
 from ov2_jax.training.program import jit_train_step
@@ -185,6 +186,8 @@ def train(experiment: Experiment) -> int:
 
 def _train(experiment: Experiment, stack: contextlib.ExitStack) -> int:
     stop = stack.enter_context(StopSignal())
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     mesh = make_mesh(experiment.mesh)
     first_process = jax.process_index() == 0
     feed = make_feed(mesh)
