@@ -72,7 +72,7 @@ class EncoderLayer(nnx.Module):
         self, x: jax.Array, rope: Rope, classes: Classes, backends: tuple[str, ...]
     ) -> jax.Array:
         x = x + self.attn(self.layer_norm1(x), rope, classes, backends)
-        x = checkpoint_name(x, "attended")
+        x = checkpoint_name(x, "vision_attended")
         return x + self.mlp(self.layer_norm2(x))
 
 
