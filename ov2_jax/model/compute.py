@@ -11,8 +11,8 @@ from ov2_jax.model.config import ConfigError
 
 # Remat policies: what a layer keeps for the backward pass beside its input. The names are those of
 # `checkpoint_name` in the encoder's and the decoder's layers; all else is computed again. Gathered
-# weights ("weights") are gathered again under every policy. "up" keeps nothing of the encoder: a byte
-# kept there, where layers are a fourth as wide, saves a fourth of the FLOPs.
+# weights ("weights") are gathered again under every policy. "up" keeps nothing of the encoder: a
+# byte kept there, where layers are a fourth as wide, saves a fourth of the FLOPs.
 SAVED: dict[str, tuple[str, ...]] = {
     "full": (),
     "attention": ("attention",),
