@@ -10,6 +10,8 @@ CHECKPOINT is as for configs/sft_4b.py, out of the alignment stage. What it take
     python -m launch.plan --config=configs/midtrain_8b.py --topology=v6e:16x16 \
         --config.mesh.context=2
 
+A v5p has room for --config.compute.remat=up, which computes 8 % less.
+
 128 packs of one text row make a step: one for each of 128 chips. 256 chips share every row between
 two (context=2); on fewer than 128 set --config.grad_accum to what is left of 128.
 """
