@@ -11,7 +11,7 @@ def keep_freed_memory() -> None:
     """What is freed is used again and never given back to the system (with glibc; else nothing).
 
     On a CPU XLA allocates a step's temporaries anew each time, gigabytes that the system would take
-    back and zero for the next step: a quarter of a small model's step, and up to half of it on a
+    back and zero for the next step: a fifth of a small model's step, and up to half of it on a
     virtual machine that returns free memory to its host.
     """
     if os.name != "posix" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
