@@ -1,6 +1,7 @@
 """Clips read codec-style: real files written and decoded by FFmpeg."""
 
 import json
+import os
 from pathlib import Path
 
 import av
@@ -67,7 +68,12 @@ def write(path, frames=FRAMES, codec="libx264", picture=scene, rate=25, size=(H,
 def clips(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
     suffix = {"libvpx-vp9": "webm", "mpeg4": "avi"}
-    return {c: write(folder / f"{c}.{suffix.get(c, 'mp4')}", codec=c) for c in OPTIONS}
+    written = {c: write(folder / f"{c}.{suffix.get(c, 'mp4')}", codec=c) for c in OPTIONS}
+    # SVT-AV1, run as root, makes its caller a real-time thread, whose children are such too: later
+    # tests would starve all else on the machine, and jobs of theirs that wait for each other hang.
+    if hasattr(os, "sched_setscheduler"):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    return written
 
 
 def read(path, config=CONFIG, **more):

@@ -1,6 +1,5 @@
 """Placement on lengths, and the arrays of a pack."""
 
-import time
 
 import numpy as np
 import pytest
@@ -112,7 +111,7 @@ def test_what_can_never_fit_is_an_error():
     assert place_pack([], PACK) == []
 
 
-def test_utilisation_and_speed_on_a_mixture():
+def test_utilisation_on_a_mixture():
     """Pictures of many sizes, clips and text, in classes that suit them."""
     rng = np.random.default_rng(0)
     sizes = []
@@ -128,7 +127,6 @@ def test_utilisation_and_speed_on_a_mixture():
             sizes.append(SampleSize(frames * 204 + 100, (4 * 784,) * (frames // 4)))
     pack = PackConfig(1, 32768, ((14, 3136), (8, 6400)))
     waiting, at, packs, tokens, patches = [], 0, 0, 0, 0
-    start = time.perf_counter()
     while at < len(sizes):
         take = 64 - len(waiting)
         waiting, at = waiting + sizes[at : at + take], at + take
@@ -137,11 +135,9 @@ def test_utilisation_and_speed_on_a_mixture():
         patches += sum(sum(waiting[i].windows) for i in gone)
         waiting = [s for i, s in enumerate(waiting) if i not in gone]
         packs += 1
-    seconds = time.perf_counter() - start
     # Here the vision rows are what fills up; text follows from the mixture.
     assert patches / (packs * pack.patch_slots) > 0.97
     assert tokens / (packs * pack.token_slots) > 0.85
-    assert seconds / len(sizes) < 200e-6  # about 12 microseconds on a quiet core
 
 
 # --- arrays ---------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from ov2_jax.data.prepare import prepare
 from ov2_jax.data.prepare_work import Job, Processes
 from ov2_jax.exit_codes import INTERRUPTED
 from ov2_jax.training.config import experiment_from
+from tests.programs import PATIENCE, Program
 from tests.runs import REPOSITORY, SMALL, config_of, run
 
 STEPS = 24
@@ -39,33 +40,17 @@ def changes(plan: Path) -> dict:
     return {"steps": STEPS, "checkpoint.every": 4, "data.plan": str(plan), **ROWS}
 
 
-class Launched:
-    """launch.local in a process of its own, its output in a file."""
-
-    def __init__(
-        self, workdir: Path, data: Path, plan: Path, *, processes: int, devices: int, **mesh: int
-    ):
-        self.log = workdir.with_suffix(".log")
-        values = {"data.sources": ({"path": str(data)},), **SMALL, **changes(plan)}
-        values |= {f"mesh.{axis}": size for axis, size in mesh.items()}
-        command = [sys.executable, "-m", "launch.local", f"--processes={processes}"]
-        command += [f"--devices-per-process={devices}", "--", "--config=configs/quickstart.py"]
-        command += [f"--config.workdir={workdir}"]
-        command += [f"--config.{name}={value}" for name, value in values.items()]
-        with self.log.open("w") as file:
-            self.process = subprocess.Popen(command, cwd=REPOSITORY, stderr=file)
-
-    def until(self, condition) -> None:
-        for _ in range(36000):
-            if condition():
-                return
-            assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.005)
-        pytest.fail(f"the job did not get there in three minutes: {self.log.read_text()}")
-
-    def end(self, status: int, seconds: float = 300) -> str:
-        assert self.process.wait(timeout=seconds) == status, self.log.read_text()
-        return self.log.read_text()
+def launched(
+    workdir: Path, data: Path, plan: Path, *, processes: int, devices: int, **mesh: int
+) -> Program:
+    """launch.local in a process of its own, its output beside the work directory."""
+    values = {"data.sources": ({"path": str(data)},), **SMALL, **changes(plan)}
+    values |= {f"mesh.{axis}": size for axis, size in mesh.items()}
+    command = [sys.executable, "-m", "launch.local", f"--processes={processes}"]
+    command += [f"--devices-per-process={devices}", "--", "--config=configs/quickstart.py"]
+    command += [f"--config.workdir={workdir}"]
+    command += [f"--config.{name}={value}" for name, value in values.items()]
+    return Program(command, workdir.with_suffix(".log"))
 
 
 def losses(workdir: Path) -> dict[int, float]:
@@ -78,20 +63,20 @@ def test_killed_stopped_and_resumed_it_is_the_run_of_one_process(tmp_path, data,
     run(one, data, **changes(plan))
     capsys.readouterr()
 
-    job = Launched(many, data, plan, processes=2, devices=4)
-    job.until((many / "checkpoints/4").exists)
-    beat = json.loads((many / "heartbeat/process_00001.json").read_text())
-    os.kill(beat["pid"], signal.SIGKILL)
-    said = job.end(1, seconds=30)
+    with launched(many, data, plan, processes=2, devices=4) as job:
+        job.until((many / "checkpoints/4").exists)
+        beat = json.loads((many / "heartbeat/process_00001.json").read_text())
+        os.kill(beat["pid"], signal.SIGKILL)
+        said = job.end(1)
     assert "Starting at step 0 on fsdp 8" in said
     assert "launch.local: Process 1 was ended by SIGKILL (status 137), so the job was" in said
     assert (many / "compilation_cache").exists()
 
     # Now every pack is spread over both processes: each reads all of them.
-    job = Launched(many, data, plan, processes=2, devices=4, fsdp=1, context=8)
-    job.until(lambda: "Resuming at step" in job.log.read_text())
-    job.process.send_signal(signal.SIGTERM)
-    said = job.end(INTERRUPTED)
+    with launched(many, data, plan, processes=2, devices=4, fsdp=1, context=8) as job:
+        job.until(lambda: "Resuming at step" in job.said())
+        job.signal(signal.SIGTERM)
+        said = job.end(INTERRUPTED)
     assert "launch.local: SIGTERM: all processes are asked to save and stop." in said
     (line,) = (x for x in said.splitlines() if "Stopped by SIGTERM" in x)
     stopped = max(int(p.name) for p in (many / "checkpoints").iterdir())
@@ -109,7 +94,8 @@ def test_an_error_in_one_process_ends_all(tmp_path, data, plan):
     """The others wait for it in a collective; nobody waits for them."""
     workdir = tmp_path / "run"
     (workdir / "heartbeat/process_00001.json.part").mkdir(parents=True)
-    said = Launched(workdir, data, plan, processes=2, devices=4).end(1, seconds=180)
+    with launched(workdir, data, plan, processes=2, devices=4) as job:
+        said = job.end(1)
     sentence = said[said.index("launch.local: Process 1 ended with status 70") :]
     assert "\n    IsADirectoryError: [Errno 21]" in sentence
 
@@ -149,7 +135,7 @@ def alive(pid: int) -> bool:
 )
 def test_statuses(program, status):
     process = start(program)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == status, said
     assert ("Process 1 ended with status 3" in said) == (status == 1)
 
@@ -162,7 +148,7 @@ def test_a_process_that_does_not_listen_is_killed(tmp_path):
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
         "subprocess.run(['sleep', '600'])\n"
     )
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 1
     assert "Process 1 ended with status 4, so the job" in said
     assert said.count("[1] what went wrong") == 1 and "\n    what went wrong\n" in said
@@ -182,7 +168,7 @@ def test_a_second_signal_kills():
         seen = sum(1 for _, line in zip(range(2), (x for x in lines if word in x), strict=False))
         assert seen == 2
         process.send_signal(number)
-    rest = process.communicate(timeout=60)[1]
+    rest = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 1 and "Asked again to stop" in rest
 
 
