@@ -248,7 +248,7 @@ class _FarFiles(MemoryFileSystem):
         return super()._strip_protocol(path.removeprefix("far:/"))
 
     def _open(self, path: str, mode: str = "rb", **kwargs):
-        time.sleep(0.8 if mode == "rb" else 0)  # longer than a step's share
+        time.sleep(0.3 if mode == "rb" else 0)  # longer than a step's share
         return super()._open(path, mode, **kwargs)
 
 
@@ -259,7 +259,7 @@ def test_slow_files_are_seen_as_time_spent_waiting_for_data(tmp_path, data, caps
         if path.is_file():
             files.pipe_file(f"far://data/{path.relative_to(data.parent)}", path.read_bytes())
     sources = ({"path": str(data), "root": "far://data"},)
-    run(tmp_path / "run", data, steps=5, **{"data.sources": sources})
+    run(tmp_path / "run", data, steps=3, **{"data.sources": sources})
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     shares = [json.loads(line)["data_wait_share"] for line in lines]
     assert shares[0] == 0  # the first step's time is the compiler's
