@@ -15,6 +15,15 @@ os.environ["XLA_FLAGS"] = (
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory) -> None:
+    """Many tests compile the same step; the programs that they start are not told of this cache."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     """train.jsonl of a small quickstart data set; heldout.jsonl lies beside it."""

@@ -1,6 +1,5 @@
 """Placement on lengths, and the arrays of a pack."""
 
-
 import numpy as np
 import pytest
 

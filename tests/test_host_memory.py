@@ -4,7 +4,7 @@ import subprocess
 import sys
 from statistics import median
 
-# A program with 64 MiB of temporaries, run twelve times; prints the pages that each run had to fetch.
+# A program with 64 MiB of temporaries, run twelve times; prints the pages each run had to fetch.
 PROGRAM = """
 import ctypes, resource, sys
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: pages of 4 KiB wherever this runs

@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -237,31 +239,38 @@ def test_metrics_say_what_a_step_did(finished):
 
 
 class _FarFiles(MemoryFileSystem):
-    """far://: files that take their time to open."""
+    """far://: files that open one by one, each slowly, once `slow_when` says so."""
 
     protocol = "far"
     store: ClassVar[dict] = {}
     pseudo_dirs: ClassVar[list] = [""]
+    slow_when: ClassVar[Callable[[], bool]]
+    _one_by_one: ClassVar[threading.Lock] = threading.Lock()
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
         return super()._strip_protocol(path.removeprefix("far:/"))
 
     def _open(self, path: str, mode: str = "rb", **kwargs):
-        time.sleep(0.3 if mode == "rb" else 0)  # longer than a step's share
+        if mode == "rb" and self.slow_when():
+            with self._one_by_one:
+                time.sleep(0.05)  # a batch has some fifty files
         return super()._open(path, mode, **kwargs)
 
 
-def test_slow_files_are_seen_as_time_spent_waiting_for_data(tmp_path, data, capsys):
+def test_slow_files_are_seen_as_time_spent_waiting_for_data(tmp_path, data, capsys, monkeypatch):
+    """Slow from the first step on: what was read before that lasts for two or three more."""
+    metrics = tmp_path / "run/metrics.jsonl"
+    started = staticmethod(lambda: metrics.exists() and metrics.stat().st_size > 0)
+    monkeypatch.setattr(_FarFiles, "slow_when", started, raising=False)
     fsspec.register_implementation("far", _FarFiles, clobber=True)
     files = fsspec.filesystem("far")
     for path in data.parent.rglob("*"):
         if path.is_file():
             files.pipe_file(f"far://data/{path.relative_to(data.parent)}", path.read_bytes())
     sources = ({"path": str(data), "root": "far://data"},)
-    run(tmp_path / "run", data, steps=3, **{"data.sources": sources})
-    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    shares = [json.loads(line)["data_wait_share"] for line in lines]
+    run(tmp_path / "run", data, steps=6, **{"data.sources": sources})
+    shares = [json.loads(line)["data_wait_share"] for line in metrics.read_text().splitlines()]
     assert shares[0] == 0  # the first step's time is the compiler's
     assert 0.2 < shares[-1] <= 1, shares
     assert f"waits for data {shares[-1]:.0%}" in capsys.readouterr().err
