@@ -21,12 +21,16 @@ help:
 quickstart: .venv/installed
 	$(BIN)/python -m ov2_jax.quickstart
 
+# A failure is shown when it happens; a test that hangs, or kills its process, ends them all.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist=loadfile --instafail \
+  --timeout=1800 --timeout-method=thread --max-worker-restart=0
+
 test: .venv/installed-test .venv-beam/installed
-	$(BIN)/python -m pytest -m "not long" -n 2 --dist=loadfile
+	$(PYTEST) -m "not long"
 	$(BEAM)
 
 test-all: .venv/installed-test .venv-beam/installed
-	$(BIN)/python -m pytest -n 2 --dist=loadfile
+	$(PYTEST)
 	$(BEAM)
 
 lint: .venv/installed-test
