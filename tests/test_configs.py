@@ -18,6 +18,7 @@ from ov2_jax.model.config import ConfigError, model_config, model_config_to_hf
 from ov2_jax.sharding import MeshConfig, make_mesh
 from ov2_jax.training.config import Experiment, experiment_from
 from ov2_jax.training.start import with_checkpoint_model
+from tests.programs import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(ROOT.glob("configs/*.py"))
@@ -272,7 +273,7 @@ def test_command_line_says_one_sentence(tmp_path):
     workdir = tmp_path / "run"
     command = [sys.executable, "-m", "ov2_jax.train", "--config=configs/instruct_8b.py"]
     command += [f"--config.workdir={workdir}", "--config.data.sources[0].path=s.jsonl"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1 and not workdir.exists()
     assert done.stderr == (
         "ConfigError: Set init_from (a checkpoint) or tokenizer (a folder), or both.\n"

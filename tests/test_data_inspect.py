@@ -34,6 +34,7 @@ from ov2_jax.training.config import Experiment
 from tests.browser import chromium, needs_chromium
 from tests.data_cases import PROCESSOR, chat, data_config, picture, tiny_model, tokenizer
 from tests.data_cases import write_jsonl as jsonl
+from tests.programs import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>&amp;"
@@ -491,7 +492,7 @@ def run(*args: str) -> subprocess.CompletedProcess:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
 
 

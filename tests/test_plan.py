@@ -26,6 +26,7 @@ from ov2_jax.sharding import make_mesh
 from ov2_jax.training.flops import train_flops
 from ov2_jax.training.program import abstract_batch, lower_train_step
 from ov2_jax.training.start import abstract_train_state
+from tests.programs import PATIENCE
 from tests.runs import config_of
 
 ROOT = Path(__file__).parent.parent
@@ -279,7 +280,9 @@ def test_a_compiling_process_that_dies_is_one_sentence():
 def program(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "launch.plan", "--config=configs/quickstart.py", *arguments]
     env = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE
+    )
 
 
 @pytest.mark.parametrize(

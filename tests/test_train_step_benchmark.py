@@ -16,6 +16,7 @@ from benchmarks.train_step_rows import choose_rows
 from conversion.keys import key_table
 from ov2_jax.model.config import ConfigError
 from ov2_jax.training.start import random_params
+from tests.programs import PATIENCE
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = {
@@ -53,7 +54,9 @@ def test_runs_end_to_end(tmp_path: pathlib.Path) -> None:
     command += ["--rounds=2", f"--cache={tmp_path / 'cache'}"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     env.pop("XLA_FLAGS", None)
-    run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)
+    run = subprocess.run(
+        command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=PATIENCE
+    )
     assert run.returncode == 0, run.stderr
     assert "samples 3, tokens 40, patches 76" in run.stdout
     assert "not in the compilation cache" in run.stdout and "1 cores" in run.stdout
