@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.programs import PATIENCE
-
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="Chromium is not installed: apt-get install -y chromium"
@@ -60,7 +58,7 @@ class Page:
                 assert "error" not in answer, (method, answer["error"])
                 return answer["result"]
 
-    def _next(self, what: str, seconds: float = PATIENCE) -> dict:
+    def _next(self, what: str, seconds: float = 60) -> dict:
         end = time.monotonic() + seconds
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._in], [], [], max(0, end - time.monotonic()))
@@ -95,7 +93,7 @@ class Page:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def wait(self, condition: str, seconds: float = PATIENCE) -> None:
+    def wait(self, condition: str, seconds: float = 30) -> None:
         end = time.monotonic() + seconds
         while not self.run(condition):
             assert time.monotonic() < end, f"{condition} did not come true in {seconds} s"

@@ -40,9 +40,9 @@ class Program:
             assert time.monotonic() < end, f"Not there in {PATIENCE} s: {self.said()}"
             time.sleep(0.005)
 
-    def end(self, status: int = 0) -> str:
+    def end(self, status: int = 0, seconds: float = PATIENCE) -> str:
         """What it said, once it has ended with this status."""
-        assert self._process.wait(timeout=PATIENCE) == status, self.said()
+        assert self._process.wait(timeout=seconds) == status, self.said()
         return self.said()
 
     def signal(self, number: int) -> None:

@@ -29,6 +29,6 @@ def pages_fetched(how: str) -> list[int]:
 
 def test_a_steps_memory_is_fetched_once():
     pages = 64 * 2**20 // 4096
-    # Medians: now and then threads overlap as they did not before, and a run needs some more.
-    assert median(pages_fetched("free")[4:]) > pages // 2  # what would happen; else it says nothing
+    assert min(pages_fetched("free")[2:]) > pages // 2  # what would happen; else this tests nothing
+    # The median: now and then threads overlap as they did not before, and one run needs more.
     assert median(pages_fetched("keep")[4:]) < pages // 20

@@ -15,7 +15,6 @@ from launch import gke, slurm, tpu_vm
 from launch.accelerators import LaunchError, parse_accelerator
 from launch.job import Gke, Job, Mount, Slurm, TpuVm, load_job
 from ov2_jax.exit_codes import BROKEN, INTERRUPTED
-from tests.programs import PATIENCE
 from tests.runs import REPOSITORY
 
 ODD = '/it\'s $(touch pwned) `x` "q" ${HOME}; && |'  # a path that would like to be a program
@@ -238,7 +237,7 @@ def test_slurm_script_outlasts_a_signal(tmp_path):
     process = subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     assert process.stderr.readline() == "started\n"
     process.terminate()
-    process.communicate(timeout=PATIENCE)
+    process.communicate(timeout=30)
     assert process.returncode == INTERRUPTED and (tmp_path / "requeued").exists()
 
 

@@ -19,7 +19,7 @@ from ov2_jax.data.prepare import prepare
 from ov2_jax.data.prepare_work import Job, Processes
 from ov2_jax.exit_codes import INTERRUPTED
 from ov2_jax.training.config import experiment_from
-from tests.programs import PATIENCE, Program
+from tests.programs import Program
 from tests.runs import REPOSITORY, SMALL, config_of, run
 
 STEPS = 24
@@ -67,7 +67,7 @@ def test_killed_stopped_and_resumed_it_is_the_run_of_one_process(tmp_path, data,
         job.until((many / "checkpoints/4").exists)
         beat = json.loads((many / "heartbeat/process_00001.json").read_text())
         os.kill(beat["pid"], signal.SIGKILL)
-        said = job.end(1)
+        said = job.end(1, seconds=30)
     assert "Starting at step 0 on fsdp 8" in said
     assert "launch.local: Process 1 was ended by SIGKILL (status 137), so the job was" in said
     assert (many / "compilation_cache").exists()
@@ -95,7 +95,8 @@ def test_an_error_in_one_process_ends_all(tmp_path, data, plan):
     workdir = tmp_path / "run"
     (workdir / "heartbeat/process_00001.json.part").mkdir(parents=True)
     with launched(workdir, data, plan, processes=2, devices=4) as job:
-        said = job.end(1)
+        job.until(lambda: "IsADirectoryError" in job.said())
+        said = job.end(1, seconds=30)
     sentence = said[said.index("launch.local: Process 1 ended with status 70") :]
     assert "\n    IsADirectoryError: [Errno 21]" in sentence
 
@@ -135,7 +136,7 @@ def alive(pid: int) -> bool:
 )
 def test_statuses(program, status):
     process = start(program)
-    said = process.communicate(timeout=PATIENCE)[1]
+    said = process.communicate(timeout=60)[1]
     assert process.returncode == status, said
     assert ("Process 1 ended with status 3" in said) == (status == 1)
 
@@ -148,7 +149,7 @@ def test_a_process_that_does_not_listen_is_killed(tmp_path):
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
         "subprocess.run(['sleep', '600'])\n"
     )
-    said = process.communicate(timeout=PATIENCE)[1]
+    said = process.communicate(timeout=60)[1]
     assert process.returncode == 1
     assert "Process 1 ended with status 4, so the job" in said
     assert said.count("[1] what went wrong") == 1 and "\n    what went wrong\n" in said
@@ -168,7 +169,7 @@ def test_a_second_signal_kills():
         seen = sum(1 for _, line in zip(range(2), (x for x in lines if word in x), strict=False))
         assert seen == 2
         process.send_signal(number)
-    rest = process.communicate(timeout=PATIENCE)[1]
+    rest = process.communicate(timeout=60)[1]
     assert process.returncode == 1 and "Asked again to stop" in rest
 
 
@@ -179,9 +180,9 @@ def test_a_killed_launcher_leaves_nothing_behind():
     process.kill()
     process.wait()
     process.stderr.close()
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + 10
     while any(map(alive, pids)):
-        assert time.monotonic() < end, "a process outlived its launcher"
+        assert time.monotonic() < end, "a process outlived its launcher by ten seconds"
         time.sleep(0.01)
 
 
