@@ -21,8 +21,8 @@ import time
 import av
 import numpy as np
 
-from ov2_jax.data.codec import CodecConfig, FileScores, StreamScores, read_codec_clip
-from ov2_jax.data.codec.select import block_scores
+from ov2_jax.data.encoding.codec import CodecConfig, FileScores, StreamScores, read_codec_clip
+from ov2_jax.data.encoding.codec.select import block_scores
 
 SPAN = 32
 

@@ -34,13 +34,7 @@ import numpy as np
 from absl import logging
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.codec_vs_uniform_clips import (
-    BASE_FRAMES,
-    FRAME_TOKENS,
-    FRAMES,
-    SPLITS,
-    write_clips,
-)
+from benchmarks.codec_vs_uniform_clips import BASE_FRAMES, FRAME_TOKENS, FRAMES, SPLITS, write_clips
 from benchmarks.codec_vs_uniform_figure import INPUTS, plot, table
 from benchmarks.codec_vs_uniform_input import (
     BenchmarkError,
@@ -49,18 +43,20 @@ from benchmarks.codec_vs_uniform_input import (
     encode,
     model_config,
 )
-from ov2_jax.data.config import DataConfig, PackConfig
-from ov2_jax.data.packing import Placement, SampleSize, build_pack, place_pack
-from ov2_jax.data.sample import EncodedSample
-from ov2_jax.data.tokenizer import load_tokenizer
-from ov2_jax.evaluate import Answer, accuracy_by_task
+from ov2_jax.config.compute import ComputeConfig
+from ov2_jax.config.data import DataConfig
+from ov2_jax.config.experiment import Experiment
+from ov2_jax.config.optimizer import OptimizerConfig
+from ov2_jax.config.pack import PackConfig
+from ov2_jax.data.encoding.tokenizer import load_tokenizer
+from ov2_jax.data.packing.build import build_pack
+from ov2_jax.data.packing.placement import Placement, place_pack
+from ov2_jax.data.sample import EncodedSample, SampleSize
+from ov2_jax.evaluation.exact_match import Answer, accuracy_by_task
 from ov2_jax.generation.generator import Generator, Sampling
-from ov2_jax.model.compute import ComputeConfig
 from ov2_jax.quickstart import TOKENIZER
-from ov2_jax.sharding import MeshConfig, make_mesh
+from ov2_jax.sharding.mesh import MeshConfig, make_mesh
 from ov2_jax.train import train
-from ov2_jax.training.config import Experiment
-from ov2_jax.training.optimizer import OptimizerConfig
 from ov2_jax.training.start import first_state, model_graph
 from ov2_jax.training.step import make_train_step
 

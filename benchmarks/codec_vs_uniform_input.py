@@ -15,13 +15,14 @@ from benchmarks.codec_vs_uniform_clips import (
     Event,
     read_events,
 )
-from ov2_jax.data.config import DataConfig, SourceConfig
-from ov2_jax.data.encode import SampleEncoder
-from ov2_jax.data.errors import Rejected
-from ov2_jax.data.records import RecordSource, parse_record
+from ov2_jax.config.data import DataConfig, SourceConfig
+from ov2_jax.config.model import ModelConfig, TextConfig, VisionConfig
+from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.rejected import Rejected
 from ov2_jax.data.sample import EncodedSample
-from ov2_jax.evaluate import Answer
-from ov2_jax.model.config import ModelConfig, TextConfig, VisionConfig
+from ov2_jax.data.sources.index import RecordSource
+from ov2_jax.data.sources.records import parse_record
+from ov2_jax.evaluation.exact_match import Answer
 from ov2_jax.quickstart.drawing import CELL
 
 

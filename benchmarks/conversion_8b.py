@@ -19,14 +19,15 @@ import time
 
 import numpy as np
 
-from conversion.keys import key_table, parameter_count
-from conversion.safetensors_io import (
+from conversion.formats.safetensors_io import (
     SafetensorsFolder,
     SafetensorsWriter,
     TensorSpec,
     weight_dtype,
 )
-from ov2_jax.model.config import SIZES, model_config, model_config_to_hf
+from conversion.keys import key_table, parameter_count
+from ov2_jax.config.hf import model_config_to_hf
+from ov2_jax.config.sizes import SIZES, model_config
 
 PIECE = 64 * 2**20  # bytes made or compared at a time
 

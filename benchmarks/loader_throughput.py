@@ -31,14 +31,15 @@ import av
 import numpy as np
 from PIL import Image
 
-from ov2_jax.data.codec import CodecConfig, read_codec_clip
-from ov2_jax.data.config import DataConfig, PackConfig, SourceConfig
-from ov2_jax.data.encode import SampleEncoder
-from ov2_jax.data.images import smart_resize
-from ov2_jax.data.loader import make_loader
-from ov2_jax.data.tokenizer import load_tokenizer
-from ov2_jax.data.video import DECODER_THREADS, Sampling, read_clip, select_frames
-from ov2_jax.model.config import ModelConfig, TextConfig, VisionConfig
+from ov2_jax.config.data import DataConfig, SourceConfig
+from ov2_jax.config.model import ModelConfig, TextConfig, VisionConfig
+from ov2_jax.config.pack import PackConfig
+from ov2_jax.data.encoding.codec import CodecConfig, read_codec_clip
+from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.encoding.images import smart_resize
+from ov2_jax.data.encoding.tokenizer import load_tokenizer
+from ov2_jax.data.encoding.video import DECODER_THREADS, Sampling, read_clip, select_frames
+from ov2_jax.data.loader.loader import make_loader
 from ov2_jax.quickstart import TOKENIZER
 
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 1280 * 28 * 28  # the defaults, of the released models too

@@ -35,9 +35,11 @@ from bisect import bisect_left, insort
 
 import numpy as np
 
-from ov2_jax.data.config import PackConfig
-from ov2_jax.data.packing import Pack, SampleSize, place_pack, runs_of
-from ov2_jax.data.plan import Lengths, plan_packs, propose_vision_rows
+from ov2_jax.config.pack import PackConfig
+from ov2_jax.data.packing.placement import Pack, place_pack, runs_of
+from ov2_jax.data.packing.planning import Lengths, plan_packs
+from ov2_jax.data.packing.vision_rows import propose_vision_rows
+from ov2_jax.data.sample import SampleSize
 
 SEQ_LEN = 32768  # 8B mid-training
 RECIPE = ((17, 4096), (5, 8192))  # configs/instruct_8b.py: 110592 patches

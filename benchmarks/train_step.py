@@ -29,21 +29,22 @@ import numpy as np
 from benchmarks import train_step_reference as reference
 from benchmarks.train_step_case import Case, read_case
 from benchmarks.train_step_rows import Rows, choose_rows
-from ov2_jax.data.batch import Batch
-from ov2_jax.data.config import DataConfig, SourceConfig
-from ov2_jax.data.packing import build_pack
-from ov2_jax.model.attention import BACKENDS, row_segments
-from ov2_jax.model.compute import ComputeConfig
-from ov2_jax.model.config import ConfigError
+from ov2_jax.config.compute import ComputeConfig
+from ov2_jax.config.data import DataConfig, SourceConfig
+from ov2_jax.config.experiment import Experiment
+from ov2_jax.config.optimizer import PARTS, OptimizerConfig
+from ov2_jax.core.batch import Batch
+from ov2_jax.core.errors import ConfigError
+from ov2_jax.data.packing.build import build_pack
+from ov2_jax.model.attention import BACKENDS, kernel_of, row_segments
 from ov2_jax.quickstart import TOKENIZER
-from ov2_jax.sharding import make_mesh, parameter_shardings
-from ov2_jax.training.config import Experiment
-from ov2_jax.training.flops import batch_work, forward_flops, train_flops
-from ov2_jax.training.host_memory import keep_freed_memory
-from ov2_jax.training.optimizer import PARTS, OptimizerConfig
+from ov2_jax.sharding.mesh import make_mesh
+from ov2_jax.sharding.rules import parameter_shardings
+from ov2_jax.training.hosts.host_memory import keep_freed_memory
+from ov2_jax.training.monitoring.flops import batch_work, forward_flops, train_flops
 from ov2_jax.training.program import abstract_batch, jit_train_step
 from ov2_jax.training.start import random_params
-from ov2_jax.training.step import init_state
+from ov2_jax.training.state import init_state
 
 SEED = 0
 # A constant learning rate, so that both sides' is the same without a schedule.
@@ -138,7 +139,7 @@ def our_step(case: Case, rows: Rows, params: dict[str, Any], batch: Batch, dtype
 
 def describe(case: Case, rows: Rows, batch: Batch) -> list[str]:
     """Sizes, FLOPs and how full the rows are."""
-    backend = ComputeConfig().backends[0]
+    backend = kernel_of(ComputeConfig())
 
     def scores(ids: np.ndarray, *, causal: bool) -> int:
         segments = row_segments(ids[0], causal=causal)

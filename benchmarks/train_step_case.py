@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ov2_jax.data.images import patch_positions
-from ov2_jax.data.packing import SampleSize
-from ov2_jax.data.sample import EncodedSample
-from ov2_jax.model.config import ConfigError, ModelConfig, TextConfig, VisionConfig
+from ov2_jax.config.model import ModelConfig, TextConfig, VisionConfig
+from ov2_jax.core.errors import ConfigError
+from ov2_jax.data.encoding.images import patch_positions
+from ov2_jax.data.sample import EncodedSample, SampleSize
 
 Grid = tuple[int, int, int]
 

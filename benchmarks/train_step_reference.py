@@ -19,10 +19,12 @@ from safetensors.numpy import load_file, save_file
 
 from benchmarks.train_step_case import Case
 from conversion.keys import Transform, key_table
+from ov2_jax.config.hf import model_config_to_hf
+from ov2_jax.config.model import ModelConfig
+from ov2_jax.config.optimizer import OptimizerConfig
+from ov2_jax.core.errors import ConfigError
 from ov2_jax.data.sample import EncodedSample
-from ov2_jax.model.config import ConfigError, ModelConfig, model_config_to_hf
 from ov2_jax.model.normalize import IMAGE_MEAN, IMAGE_STD
-from ov2_jax.training.optimizer import OptimizerConfig
 
 # How the samples of a step go through it; the fastest is what is compared with.
 WAYS = ("one by one", "padded batch")

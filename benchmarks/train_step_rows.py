@@ -9,10 +9,11 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from ov2_jax.data.config import PackConfig
-from ov2_jax.data.packing import Placement, SampleSize, place_pack
+from ov2_jax.config.model import ModelConfig
+from ov2_jax.config.pack import PackConfig
+from ov2_jax.data.packing.placement import Placement, place_pack
+from ov2_jax.data.sample import SampleSize
 from ov2_jax.model.attention.xla import BLOCK
-from ov2_jax.model.config import ModelConfig
 
 # A FLOP of attention costs about two of a matmul on CPU: exponentials, and small products.
 ATTENTION = 2.0

@@ -19,8 +19,8 @@ processes), and divide; or lower --config.global_rows until that is 132, and kee
 
 from ml_collections import ConfigDict
 
-from ov2_jax.model.config import model_config
-from ov2_jax.training.config import experiment_config
+from ov2_jax.config.build import experiment_config
+from ov2_jax.config.sizes import model_config
 
 
 def get_config() -> ConfigDict:

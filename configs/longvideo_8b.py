@@ -21,8 +21,8 @@ by four chips (context=4). What it takes on a slice:
 
 from ml_collections import ConfigDict
 
-from ov2_jax.model.config import model_config
-from ov2_jax.training.config import experiment_config
+from ov2_jax.config.build import experiment_config
+from ov2_jax.config.sizes import model_config
 
 
 def get_config() -> ConfigDict:

@@ -13,8 +13,8 @@ CHECKPOINT is as for configs/sft_4b.py, out of the alignment stage. What it take
 
 from ml_collections import ConfigDict
 
-from ov2_jax.model.config import model_config
-from ov2_jax.training.config import experiment_config
+from ov2_jax.config.build import experiment_config
+from ov2_jax.config.sizes import model_config
 
 
 def get_config() -> ConfigDict:

@@ -18,8 +18,8 @@ two (context=2); on fewer than 128 set --config.grad_accum to what is left of 12
 
 from ml_collections import ConfigDict
 
-from ov2_jax.model.config import model_config
-from ov2_jax.training.config import experiment_config
+from ov2_jax.config.build import experiment_config
+from ov2_jax.config.sizes import model_config
 
 
 def get_config() -> ConfigDict:

@@ -12,9 +12,9 @@ Same architecture, data road and checkpoint as the real configs; only sizes diff
 
 from ml_collections import ConfigDict
 
-from ov2_jax.model.config import ModelConfig, TextConfig, VisionConfig
+from ov2_jax.config.build import experiment_config
+from ov2_jax.config.model import ModelConfig, TextConfig, VisionConfig
 from ov2_jax.quickstart import TOKENIZER
-from ov2_jax.training.config import experiment_config
 
 
 def get_config() -> ConfigDict:

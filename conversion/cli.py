@@ -14,9 +14,8 @@ import rich.progress
 from etils import epath
 
 from conversion.errors import ConversionError
-from conversion.safetensors_io import DEFAULT_MAX_SHARD_BYTES
-from ov2_jax.checkpoint_dir import CheckpointError
-from ov2_jax.model.config import ConfigError
+from conversion.formats.safetensors_io import DEFAULT_MAX_SHARD_BYTES
+from ov2_jax.core.errors import CheckpointError, ConfigError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

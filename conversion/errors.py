@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable
 
+from ov2_jax.core.errors import UserError
 
-class ConversionError(ValueError):
+
+class ConversionError(UserError):
     """A checkpoint that cannot be converted; the message says what is wrong and what to do."""
 
 

@@ -12,11 +12,12 @@ import functools
 
 from etils import epath
 
-from conversion import cli, hf_folder
-from conversion.hf_source import HFSource
-from conversion.orbax_io import LazyArray, write_params
-from conversion.safetensors_io import WEIGHT_DTYPES
-from ov2_jax import checkpoint_dir
+from conversion import cli
+from conversion.formats import hf_folder
+from conversion.formats.hf_source import HFSource
+from conversion.formats.orbax_io import LazyArray, write_params
+from conversion.formats.safetensors_io import WEIGHT_DTYPES
+from ov2_jax.core import checkpoint_dir
 
 
 def convert(src: epath.PathLike, dst: epath.PathLike, *, dtype: str | None = None) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ov2_jax.model.config import ModelConfig, TextConfig, VisionConfig
+from ov2_jax.config.model import ModelConfig, TextConfig, VisionConfig
 
 Path = tuple[str, ...]
 Shape = tuple[int, ...]

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from conversion.hf_source import HFSource
+from conversion.formats.hf_source import HFSource
+from conversion.formats.orbax_io import flatten, nest
+from conversion.formats.safetensors_io import weight_dtype
 from conversion.keys import Config, Path, leaves
-from conversion.orbax_io import flatten, nest
-from conversion.safetensors_io import weight_dtype
 
 Shardings = jax.sharding.Sharding | Mapping[str, Any] | None
 

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from conversion import cli, hf_folder
+from conversion import cli
 from conversion.errors import ConversionError, listing
-from conversion.keys import Entry, key_table
-from conversion.safetensors_io import (
+from conversion.formats import hf_folder
+from conversion.formats.safetensors_io import (
     DEFAULT_MAX_SHARD_BYTES,
     WEIGHT_DTYPES,
     SafetensorsFolder,
@@ -31,14 +31,15 @@ from conversion.safetensors_io import (
     copy_into,
     weight_dtype,
 )
-from ov2_jax.model.config import (
+from conversion.keys import Entry, key_table
+from ov2_jax.config.hf import (
     FULL_MODEL_TYPES,
-    ModelConfig,
     model_config_from_hf,
     model_config_to_hf,
     read_hf_config,
     vision_config_from_hf,
 )
+from ov2_jax.config.model import ModelConfig
 
 _MERGER = "model.visual.merger."
 _OLD_MERGER = "model.mm_projector."

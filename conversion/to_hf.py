@@ -16,11 +16,11 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from conversion import cli, hf_folder
-from conversion.hf_source import overlaps
-from conversion.keys import Leaf, Path, as_ours, leaves
-from conversion.orbax_io import Index, blocks, open_params, run_blocks
-from conversion.safetensors_io import (
+from conversion import cli
+from conversion.formats import hf_folder
+from conversion.formats.hf_source import overlaps
+from conversion.formats.orbax_io import Index, blocks, open_params, run_blocks
+from conversion.formats.safetensors_io import (
     DEFAULT_MAX_SHARD_BYTES,
     WEIGHT_DTYPES,
     SafetensorsWriter,
@@ -28,8 +28,9 @@ from conversion.safetensors_io import (
     copy_into,
     weight_dtype,
 )
-from ov2_jax import checkpoint_dir
-from ov2_jax.model.config import load_config
+from conversion.keys import Leaf, Path, as_ours, leaves
+from ov2_jax.config.hf import load_config
+from ov2_jax.core import checkpoint_dir
 
 
 def convert(

@@ -22,15 +22,15 @@ from flax import nnx
 
 from conversion import cli
 from conversion.errors import ConversionError, listing
+from conversion.formats.orbax_io import flatten
 from conversion.keys import Config, Entry, Path, as_ours, key_table
 from conversion.load import load_hf_params
-from conversion.orbax_io import flatten
-from ov2_jax.data.batch import Batch, VisionRows
-from ov2_jax.model.compute import ComputeConfig
-from ov2_jax.model.config import ModelConfig, VisionConfig
+from ov2_jax.config.compute import ComputeConfig
+from ov2_jax.config.model import ModelConfig, VisionConfig
+from ov2_jax.core.batch import Batch, VisionRows
 from ov2_jax.model.encoder import VisionEncoder
 from ov2_jax.model.llava_onevision2 import LlavaOnevision2
-from ov2_jax.model.moe import load_balancing_loss
+from ov2_jax.model.moe.mixture import load_balancing_loss
 
 Arrays = Mapping[str, np.ndarray]
 # (sample, its inputs, names that are expected of it) -> what we make of it, by expected name

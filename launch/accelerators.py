@@ -8,8 +8,10 @@ import dataclasses
 import math
 import re
 
+from ov2_jax.core.errors import UserError
 
-class LaunchError(ValueError):
+
+class LaunchError(UserError):
     """A job that cannot be started as it is described; one sentence."""
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from launch.accelerators import LaunchError, Tpu
-from launch.job import Job, Mount
-from launch.render import launch
+from launch.platforms.job import Job, Mount
+from launch.platforms.render import launch
 
 _WORKERS = "workers"
 _CONTAINER = "train"

@@ -24,7 +24,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
-from ov2_jax.exit_codes import INTERRUPTED
+from ov2_jax.core.exit_codes import INTERRUPTED
 
 _KILL_AFTER = 5.0  # seconds that the others have once a process failed: they hang, so few
 _LAST_LINES = 20

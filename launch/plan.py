@@ -11,13 +11,13 @@ not or cannot work.
 
 import os
 
-from absl import app, flags
+from absl import flags
 
 from launch.planner.environment import only_cpu
+from ov2_jax.core.program import run
 
 
 def define_flags() -> None:
-    """Only where this is the program: absl's flags are global, and `out` is a common name."""
     flags.DEFINE_string("topology", None, "The slice, as v5p:4x4x8.")
     flags.DEFINE_string("out", None, "A folder for plan.json and plan.html.")
     flags.DEFINE_bool("search", False, "Try meshes and remat policies, and rank those that fit.")
@@ -26,14 +26,12 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "window", None, "Patches of an attention window, instead of a clip's.", lower_bound=1
     )
-    flags.mark_flags_as_required(["config", "topology"])
+    flags.mark_flag_as_required("topology")
 
 
 if __name__ == "__main__":
     only_cpu(os.environ)  # before JAX is imported, which would look for a TPU where libtpu is
 
     from launch.planner.program import main
-    from ov2_jax.train import parse_flags  # and --config with its overrides
 
-    define_flags()
-    app.run(main, flags_parser=parse_flags)
+    run(main, define_flags, config=True)

@@ -7,9 +7,9 @@ SIGTERM before the time is up and puts itself back into the queue after it.
 import sys
 
 from launch.accelerators import Gpu, LaunchError
-from launch.job import Job
-from launch.render import launch, render
-from ov2_jax.exit_codes import BROKEN, INTERRUPTED
+from launch.platforms.job import Job
+from launch.platforms.render import launch, render
+from ov2_jax.core.exit_codes import BROKEN, INTERRUPTED
 
 
 def script(job: Job) -> str:

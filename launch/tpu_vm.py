@@ -8,9 +8,9 @@ import shlex
 import sys
 
 from launch.accelerators import LaunchError, Tpu
-from launch.job import Job
-from launch.render import launch, render
-from ov2_jax.exit_codes import INTERRUPTED
+from launch.platforms.job import Job
+from launch.platforms.render import launch, render
+from ov2_jax.core.exit_codes import INTERRUPTED
 
 
 def script(job: Job) -> str:

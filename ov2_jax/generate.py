@@ -14,13 +14,12 @@ import sys
 from absl import logging
 
 from conversion.errors import ConversionError
-from ov2_jax.checkpoint_dir import CheckpointError
-from ov2_jax.data.config import DataConfig
-from ov2_jax.data.encode import SampleEncoder
-from ov2_jax.data.errors import DataError, SampleError
+from ov2_jax.config.data import DataConfig
+from ov2_jax.core.errors import CheckpointError, ConfigError, DataError
+from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.rejected import SampleError
 from ov2_jax.generation.generator import Sampling
 from ov2_jax.generation.load import open_checkpoint
-from ov2_jax.model.config import ConfigError
 
 
 def with_marks(prompt: str, images: int, videos: int) -> str:

@@ -61,14 +61,14 @@ def flip(data: bytes, seed: int, first: float = 0.0, last: float = 1.0, bits: in
 
 
 def make_encoder() -> Any:
-    from ov2_jax.data.encode import SampleEncoder
+    from ov2_jax.data.encoding.encode import SampleEncoder
     from tests.data_cases import tiny_model, tokenizer
 
     return SampleEncoder(config(()), tiny_model(), tokenizer(), pack())
 
 
 def config(sources: tuple[Any, ...], **changes: Any) -> Any:
-    from ov2_jax.data.codec import CodecConfig
+    from ov2_jax.data.encoding.codec import CodecConfig
     from tests.data_cases import data_config
 
     codec = CodecConfig(
@@ -83,7 +83,7 @@ def config(sources: tuple[Any, ...], **changes: Any) -> Any:
 
 
 def pack() -> Any:
-    from ov2_jax.data.config import PackConfig
+    from ov2_jax.config.pack import PackConfig
 
     return PackConfig(rows=1, seq_len=1024, vision_rows=((16, 80), (4, 2048)))
 
@@ -110,7 +110,7 @@ def _peak_kib(*, anew: bool = False) -> int:
 
 
 def _outcome(encoder: Any, raw: Any) -> dict[str, Any]:
-    from ov2_jax.data.errors import Rejected
+    from ov2_jax.data.rejected import Rejected
     from ov2_jax.data.sample import SampleLength
 
     result = encoder(raw)
@@ -123,9 +123,9 @@ def _outcome(encoder: Any, raw: Any) -> dict[str, Any]:
 
 
 def main(folder: Path, start: int) -> None:
-    from ov2_jax.data.config import SourceConfig
-    from ov2_jax.data.errors import DataError
-    from ov2_jax.data.records import RecordSource
+    from ov2_jax.config.data import SourceConfig
+    from ov2_jax.core.errors import DataError
+    from ov2_jax.data.sources.index import RecordSource
 
     encoder = make_encoder()
     sources: dict[str, Any] = {}

@@ -10,8 +10,8 @@ from safetensors.numpy import load_file
 
 from conversion.keys import Transform, key_table
 from conversion.load import load_hf_params
-from ov2_jax.data.batch import IGNORE, Batch, VisionRows
-from ov2_jax.model.config import ModelConfig
+from ov2_jax.config.model import ModelConfig
+from ov2_jax.core.batch import IGNORE, Batch, VisionRows
 
 GOLDEN = Path(__file__).parent / "golden"
 DENSE = ("dense_p14m2", "dense_p16m3_tied", "codec_positions")

@@ -9,9 +9,10 @@ import ml_dtypes
 import numpy as np
 from tokenizers import Tokenizer, models
 
+from conversion.formats.safetensors_io import SafetensorsFolder, SafetensorsWriter, TensorSpec
 from conversion.keys import Config, key_table
-from conversion.safetensors_io import SafetensorsFolder, SafetensorsWriter, TensorSpec
-from ov2_jax.model.config import ModelConfig, TextConfig, VisionConfig, model_config_to_hf
+from ov2_jax.config.hf import model_config_to_hf
+from ov2_jax.config.model import ModelConfig, TextConfig, VisionConfig
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

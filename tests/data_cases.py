@@ -8,9 +8,9 @@ import av
 import numpy as np
 from PIL import Image
 
-from ov2_jax.data.config import DataConfig, SourceConfig
-from ov2_jax.data.tokenizer import load_tokenizer
-from ov2_jax.model.config import ModelConfig, TextConfig, VisionConfig
+from ov2_jax.config.data import DataConfig, SourceConfig
+from ov2_jax.config.model import ModelConfig, TextConfig, VisionConfig
+from ov2_jax.data.encoding.tokenizer import load_tokenizer
 
 PROCESSOR = Path(__file__).parent / "golden" / "processor"
 # Ids of the golden tokenizer.

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ov2_jax.data.config import PackConfig
-from ov2_jax.data.prepare import prepare
-from ov2_jax.data.prepare_work import Job, Processes
+from ov2_jax.config.pack import PackConfig
+from ov2_jax.data.prepare.prepare import prepare
+from ov2_jax.data.prepare.work import Job, Processes
 from tests.data_cases import PROCESSOR, data_config, tiny_model
 
 PACK = PackConfig(rows=2, seq_len=256, vision_rows=((4, 64), (2, 128)))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from ov2_jax.config.build import experiment_from
 from ov2_jax.train import train
-from ov2_jax.training.config import experiment_from
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = {

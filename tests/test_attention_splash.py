@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ov2_jax.config.compute import ComputeConfig
+from ov2_jax.core.errors import ConfigError
 from ov2_jax.model.attention import (
     BACKENDS,
     Segments,
@@ -15,8 +17,6 @@ from ov2_jax.model.attention import (
     splash,
     visited_blocks,
 )
-from ov2_jax.model.compute import ComputeConfig
-from ov2_jax.model.config import ConfigError
 
 
 def inputs(rows: int, q: int, k: int, heads: int, kv_heads: int, size: int) -> list[jax.Array]:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import ImageFile
 
-from ov2_jax.data.config import SourceConfig
-from ov2_jax.data.loader import make_loader
-from ov2_jax.data.records import RawRecord
+from ov2_jax.config.data import SourceConfig
+from ov2_jax.data.loader.loader import make_loader
+from ov2_jax.data.sources.records import RawRecord
 from tests import bad_data
 from tests.bad_clips import clip_cases
 from tests.bad_data import OK, Case

@@ -4,7 +4,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from ov2_jax.checkpoint_dir import CheckpointError, is_hf_folder, resolve
+from ov2_jax.core.checkpoint_dir import is_hf_folder, resolve
+from ov2_jax.core.errors import CheckpointError
 from tests.conversion_cases import GOLDEN
 
 TREE = {"a": np.ones(3, np.float32)}

@@ -11,7 +11,8 @@ from av.codec.context import Flags2
 from PIL import Image
 
 from benchmarks import codec_signal
-from ov2_jax.data.codec import (
+from ov2_jax.core.errors import ConfigError
+from ov2_jax.data.encoding.codec import (
     CodecConfig,
     FileScores,
     TooFewFrames,
@@ -21,11 +22,10 @@ from ov2_jax.data.codec import (
     select_patches,
     time_runs,
 )
-from ov2_jax.data.codec.clip import block_order
-from ov2_jax.data.codec.energy import EnergyMeter
-from ov2_jax.data.errors import SampleError
-from ov2_jax.data.images import patch_positions, patchify
-from ov2_jax.model.config import ConfigError
+from ov2_jax.data.encoding.codec.clip import block_order
+from ov2_jax.data.encoding.codec.energy import EnergyMeter
+from ov2_jax.data.encoding.images import patch_positions, patchify
+from ov2_jax.data.rejected import SampleError
 
 CONFIG = CodecConfig(num_sampled_frames=48, group_size=16, max_pixels=30_000, max_group_frames=24)
 H, W, FRAMES = 144, 192, 60

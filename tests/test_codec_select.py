@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from ov2_jax.data.codec import CodecConfig, TooFewFrames, select_patches
-from ov2_jax.data.codec.bad import is_bad_frame
-from ov2_jax.data.codec.frames import canvas_size, sample_frames
-from ov2_jax.model.config import ConfigError
+from ov2_jax.core.errors import ConfigError
+from ov2_jax.data.encoding.codec import CodecConfig, TooFewFrames, select_patches
+from ov2_jax.data.encoding.codec.bad import is_bad_frame
+from ov2_jax.data.encoding.codec.frames import canvas_size, sample_frames
 from tests.cases import GOLDEN
 
 SMALL = CodecConfig(num_sampled_frames=48, group_size=16, max_pixels=30_000, max_group_frames=24)

@@ -12,7 +12,7 @@ from benchmarks.codec_vs_uniform_clips import (
     write_clips,
 )
 from benchmarks.codec_vs_uniform_figure import plot, table
-from ov2_jax.data.tokenizer import load_tokenizer
+from ov2_jax.data.encoding.tokenizer import load_tokenizer
 from ov2_jax.quickstart import TOKENIZER
 
 TINY = benchmark.Settings(

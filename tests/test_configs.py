@@ -10,14 +10,18 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from ov2_jax.checkpoint_dir import HF, PARAMS
-from ov2_jax.data.images import smart_resize
-from ov2_jax.data.packing import SampleSize, fits_alone
-from ov2_jax.data.video import Sampling
-from ov2_jax.model.config import ConfigError, model_config, model_config_to_hf
-from ov2_jax.sharding import MeshConfig, make_mesh
-from ov2_jax.training.config import Experiment, experiment_from
-from ov2_jax.training.start import with_checkpoint_model
+from ov2_jax.config.build import experiment_from
+from ov2_jax.config.experiment import Experiment
+from ov2_jax.config.hf import model_config_to_hf
+from ov2_jax.config.sizes import model_config
+from ov2_jax.config.start import with_checkpoint_model
+from ov2_jax.core.checkpoint_dir import HF, PARAMS
+from ov2_jax.core.errors import ConfigError
+from ov2_jax.data.encoding.images import smart_resize
+from ov2_jax.data.encoding.video import Sampling
+from ov2_jax.data.packing.placement import fits_alone
+from ov2_jax.data.sample import SampleSize
+from ov2_jax.sharding.mesh import MeshConfig, make_mesh
 from tests.programs import PATIENCE
 
 ROOT = Path(__file__).parent.parent

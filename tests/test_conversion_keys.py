@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from conversion.formats.safetensors_io import SafetensorsFolder
 from conversion.keys import as_ours, key_table, leaves, parameter_count
-from conversion.safetensors_io import SafetensorsFolder
-from ov2_jax.model.config import ModelConfig, load_config, model_config
+from ov2_jax.config.hf import load_config
+from ov2_jax.config.model import ModelConfig
+from ov2_jax.config.sizes import model_config
 from ov2_jax.model.encoder import VisionEncoder
 from ov2_jax.model.llava_onevision2 import LlavaOnevision2
 from tests.conversion_cases import GOLDEN, SMALL, SMALL_MOE

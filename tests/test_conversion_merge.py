@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerFast
 
 from conversion import from_hf
 from conversion.errors import ConversionError
+from conversion.formats.safetensors_io import SafetensorsFolder
 from conversion.keys import key_table
 from conversion.merge import make_plan, write
-from conversion.safetensors_io import SafetensorsFolder
-from ov2_jax.model.config import VisionConfig, load_config
+from ov2_jax.config.hf import load_config
+from ov2_jax.config.model import VisionConfig
 from tests.conversion_cases import (
     BFLOAT16,
     FLOAT32,

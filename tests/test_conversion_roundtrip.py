@@ -15,12 +15,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from conversion import from_hf, load, orbax_io, to_hf
+from conversion import from_hf, load, to_hf
 from conversion.errors import ConversionError
-from conversion.hf_source import HFSource
+from conversion.formats import orbax_io
+from conversion.formats.hf_source import HFSource
+from conversion.formats.orbax_io import flatten, nest
+from conversion.formats.safetensors_io import SafetensorsFolder
 from conversion.keys import key_table, leaves
-from conversion.orbax_io import flatten, nest
-from conversion.safetensors_io import SafetensorsFolder
 from tests.conversion_cases import (
     BFLOAT16,
     FLOAT32,

@@ -6,10 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from ov2_jax.data.encode import SampleEncoder
-from ov2_jax.data.errors import DataError, SampleError
-from ov2_jax.data.records import Record
-from ov2_jax.data.tokenizer import load_tokenizer, token_ids
+from ov2_jax.core.errors import DataError
+from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.encoding.tokenizer import load_tokenizer, token_ids
+from ov2_jax.data.rejected import SampleError
+from ov2_jax.data.sources.records import Record
 from tests.data_cases import (
     IM_END,
     IM_START,

@@ -6,22 +6,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ov2_jax.data.codec import (
+from ov2_jax.config.data import SourceConfig
+from ov2_jax.config.pack import PackConfig
+from ov2_jax.core.errors import ConfigError
+from ov2_jax.data.encoding.codec import (
     CodecConfig,
     FileScores,
     read_codec_clip,
     select_patches,
     time_runs,
 )
-from ov2_jax.data.config import PackConfig, SourceConfig
-from ov2_jax.data.encode import SampleEncoder
-from ov2_jax.data.errors import Rejected
-from ov2_jax.data.loader import make_loader
-from ov2_jax.data.packing import SampleSize, build_pack, place_pack
-from ov2_jax.data.records import RecordSource, parse_record
-from ov2_jax.data.sample import EncodedSample
-from ov2_jax.data.video import Section
-from ov2_jax.model.config import ConfigError
+from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.loader.loader import make_loader
+from ov2_jax.data.packing.build import build_pack
+from ov2_jax.data.packing.placement import place_pack
+from ov2_jax.data.rejected import Rejected
+from ov2_jax.data.sample import EncodedSample, SampleSize
+from ov2_jax.data.sources.index import RecordSource
+from ov2_jax.data.sources.media import Section
+from ov2_jax.data.sources.records import parse_record
 from tests.data_cases import (
     PAD,
     chat,

@@ -6,11 +6,12 @@ import pickle
 import numpy as np
 import pytest
 
-from ov2_jax.data.config import DataConfig, PackConfig, SourceConfig
-from ov2_jax.data.encode import EncodedSample, SampleEncoder
-from ov2_jax.data.errors import REASONS, Rejected, SampleError
-from ov2_jax.data.records import RawRecord
-from ov2_jax.model.config import ConfigError
+from ov2_jax.config.data import DataConfig, SourceConfig
+from ov2_jax.config.pack import PackConfig
+from ov2_jax.core.errors import ConfigError
+from ov2_jax.data.encoding.encode import EncodedSample, SampleEncoder
+from ov2_jax.data.rejected import REASONS, Rejected, SampleError
+from ov2_jax.data.sources.records import RawRecord
 from tests.data_cases import PAD, chat, clip, data_config, picture, tiny_model, tokenizer
 
 PACK = PackConfig(rows=2, seq_len=256, vision_rows=((4, 64), (2, 256)))

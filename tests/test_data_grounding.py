@@ -4,10 +4,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ov2_jax.data.config import SourceConfig
-from ov2_jax.data.errors import SampleError
-from ov2_jax.data.layouts import to_sample
-from ov2_jax.data.records import RecordSource, parse_record
+from ov2_jax.config.data import SourceConfig
+from ov2_jax.data.rejected import SampleError
+from ov2_jax.data.sources.index import RecordSource
+from ov2_jax.data.sources.layouts import to_sample
+from ov2_jax.data.sources.records import parse_record
 
 POINTS = {
     "id": "p",

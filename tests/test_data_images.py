@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ov2_jax.data import images
-from ov2_jax.data.errors import SampleError
+from ov2_jax.data.encoding import images
+from ov2_jax.data.rejected import SampleError
 from ov2_jax.model.normalize import normalize_patches
 from tests.data_cases import picture
 

@@ -16,21 +16,22 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from ov2_jax.data import images as images_lib
-from ov2_jax.data.batch import IGNORE
-from ov2_jax.data.codec import CodecConfig, read_codec_clip
-from ov2_jax.data.config import PackConfig, SourceConfig
-from ov2_jax.data.encode import SampleEncoder
-from ov2_jax.data.inspect import InspectError, check_out, inspect_data, write_page
-from ov2_jax.data.inspect_media import data_uri, sample_kind, unpatchify, window_kind
-from ov2_jax.data.inspect_page import histogram
-from ov2_jax.data.loader import make_loader
-from ov2_jax.data.prepare import prepare
-from ov2_jax.data.prepare_work import Job, Processes
-from ov2_jax.data.records import RecordSource
+from ov2_jax.config.data import SourceConfig
+from ov2_jax.config.experiment import Experiment
+from ov2_jax.config.pack import PackConfig
+from ov2_jax.core.batch import IGNORE
+from ov2_jax.data.encoding import images as images_lib
+from ov2_jax.data.encoding.codec import CodecConfig, read_codec_clip
+from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.inspect.inspect import InspectError, check_out, inspect_data, write_page
+from ov2_jax.data.inspect.media import data_uri, sample_kind, unpatchify, window_kind
+from ov2_jax.data.inspect.page import histogram
+from ov2_jax.data.loader.loader import make_loader
+from ov2_jax.data.prepare.prepare import prepare
+from ov2_jax.data.prepare.work import Job, Processes
 from ov2_jax.data.sample import EncodedSample
+from ov2_jax.data.sources.index import RecordSource
 from ov2_jax.quickstart.dataset import write_dataset
-from ov2_jax.training.config import Experiment
 from tests.browser import chromium, needs_chromium
 from tests.data_cases import PROCESSOR, chat, data_config, picture, tiny_model, tokenizer
 from tests.data_cases import write_jsonl as jsonl

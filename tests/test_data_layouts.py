@@ -9,13 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ov2_jax.data.config import SourceConfig
-from ov2_jax.data.encode import SampleEncoder
-from ov2_jax.data.errors import DataError, Rejected, SampleError
-from ov2_jax.data.layouts import to_sample
-from ov2_jax.data.media import Embedded
-from ov2_jax.data.records import RecordSource, parse_record
-from ov2_jax.model.config import ConfigError
+from ov2_jax.config.data import SourceConfig
+from ov2_jax.core.errors import ConfigError, DataError
+from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.rejected import Rejected, SampleError
+from ov2_jax.data.sources.index import RecordSource
+from ov2_jax.data.sources.layouts import to_sample
+from ov2_jax.data.sources.media import Embedded
+from ov2_jax.data.sources.records import parse_record
 from tests.data_cases import chat, clip, data_config, picture, tiny_model, tokenizer, write_jsonl
 
 

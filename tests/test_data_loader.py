@@ -9,12 +9,12 @@ import orbax.checkpoint as ocp
 import pytest
 from grain.checkpoint import CheckpointRestore, CheckpointSave
 
-from ov2_jax.data.batch import IGNORE
-from ov2_jax.data.config import PackConfig, SourceConfig
-from ov2_jax.data.errors import DataError, Rejected
-from ov2_jax.data.loader import make_loader
-from ov2_jax.data.rejects import RejectLog
-from ov2_jax.model.config import ConfigError
+from ov2_jax.config.data import SourceConfig
+from ov2_jax.config.pack import PackConfig
+from ov2_jax.core.batch import IGNORE
+from ov2_jax.core.errors import ConfigError, DataError
+from ov2_jax.data.loader.loader import make_loader
+from ov2_jax.data.rejected import Rejected, RejectLog
 from tests.data_cases import chat, clip, data_config, picture, tiny_model, tokenizer, write_jsonl
 
 PACK = PackConfig(rows=2, seq_len=256, vision_rows=((4, 64), (2, 128)))

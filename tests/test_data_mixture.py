@@ -6,13 +6,13 @@ from collections import Counter
 
 import pytest
 
-from ov2_jax.data.config import DataConfig, PackConfig, SourceConfig
-from ov2_jax.data.errors import DataError
-from ov2_jax.data.loader import make_loader
-from ov2_jax.data.mixture import Mixture, epoch_draws
-from ov2_jax.model.config import ConfigError
-from ov2_jax.train import _counts
-from ov2_jax.training.config import data_config_from
+from ov2_jax.config.build import data_config_from
+from ov2_jax.config.data import DataConfig, SourceConfig
+from ov2_jax.config.pack import PackConfig
+from ov2_jax.core.errors import ConfigError, DataError
+from ov2_jax.data.loader.loader import make_loader
+from ov2_jax.data.sources.mixture import Mixture, epoch_draws
+from ov2_jax.training.monitoring.reporter import _counts
 from tests.data_cases import chat, data_config, tiny_model, tokenizer, write_jsonl
 
 

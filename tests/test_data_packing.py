@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from ov2_jax.data.batch import IGNORE
-from ov2_jax.data.config import PackConfig
-from ov2_jax.data.errors import DataError
-from ov2_jax.data.packing import SampleSize, build_pack, fits_alone, place_pack
-from ov2_jax.data.sample import EncodedSample
+from ov2_jax.config.pack import PackConfig
+from ov2_jax.core.batch import IGNORE
+from ov2_jax.core.errors import DataError
+from ov2_jax.data.packing.build import build_pack
+from ov2_jax.data.packing.placement import fits_alone, place_pack
+from ov2_jax.data.sample import EncodedSample, SampleSize
 from tests.data_cases import PAD, tiny_model
 
 PACK = PackConfig(rows=3, seq_len=100, vision_rows=((4, 32), (2, 128)))

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
-from ov2_jax.data.config import PackConfig
-from ov2_jax.data.errors import DataError
-from ov2_jax.data.packing import SampleSize, fits_alone, place_pack
-from ov2_jax.data.plan import Lengths, Packs, plan_packs, propose_vision_rows
+from ov2_jax.config.pack import PackConfig
+from ov2_jax.core.errors import DataError
+from ov2_jax.data.packing.placement import fits_alone, place_pack
+from ov2_jax.data.packing.planning import Lengths, Packs, plan_packs
+from ov2_jax.data.packing.vision_rows import propose_vision_rows
+from ov2_jax.data.sample import SampleSize
 
 
 def table(sizes: list[SampleSize]) -> Lengths:

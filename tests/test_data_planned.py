@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from ov2_jax.data.batch import IGNORE
-from ov2_jax.data.codec.config import CodecConfig
-from ov2_jax.data.config import PackConfig, SourceConfig
-from ov2_jax.data.errors import DataError
-from ov2_jax.data.loader import make_loader
-from ov2_jax.data.prepare import prepare
-from ov2_jax.data.prepare_work import Job, Processes
-from ov2_jax.data.prepared import DONE, Plan
-from ov2_jax.data.steps import share_state
+from ov2_jax.config.build import experiment_from
+from ov2_jax.config.codec import CodecConfig
+from ov2_jax.config.data import SourceConfig
+from ov2_jax.config.pack import PackConfig
+from ov2_jax.core.batch import IGNORE
+from ov2_jax.core.errors import DataError
+from ov2_jax.data.loader.loader import make_loader
+from ov2_jax.data.loader.steps import share_state
+from ov2_jax.data.plan.folder import DONE, Plan
+from ov2_jax.data.prepare.prepare import prepare
+from ov2_jax.data.prepare.work import Job, Processes
 from ov2_jax.quickstart.dataset import write_dataset
 from ov2_jax.training.checkpoint import CheckpointError
-from ov2_jax.training.config import experiment_from
 from tests.data_cases import chat, clip, data_config, tiny_model, tokenizer, write_jsonl
 from tests.prepare_cases import CONFIG, PACK, prepared
 from tests.runs import config_of, run

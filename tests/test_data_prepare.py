@@ -16,18 +16,19 @@ import psutil
 import pytest
 from rich.console import Console
 
-from ov2_jax.data.codec.config import CodecConfig
-from ov2_jax.data.config import PackConfig, SourceConfig
-from ov2_jax.data.encode import SampleEncoder
-from ov2_jax.data.errors import DataError, Rejected
-from ov2_jax.data.plan import Lengths
-from ov2_jax.data.prepare import beam_runner, prepare
-from ov2_jax.data.prepare_report import some_lengths
-from ov2_jax.data.prepare_work import Job, Processes, Worker
-from ov2_jax.data.prepared import Plan
-from ov2_jax.data.records import RecordSource
-from ov2_jax.model.config import ConfigError
-from ov2_jax.training.config import experiment_from
+from ov2_jax.config.build import experiment_from
+from ov2_jax.config.codec import CodecConfig
+from ov2_jax.config.data import SourceConfig
+from ov2_jax.config.pack import PackConfig
+from ov2_jax.core.errors import ConfigError, DataError
+from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.packing.planning import Lengths
+from ov2_jax.data.plan.folder import Plan
+from ov2_jax.data.prepare.prepare import beam_runner, prepare
+from ov2_jax.data.prepare.report import some_lengths
+from ov2_jax.data.prepare.work import Job, Processes, Worker
+from ov2_jax.data.rejected import Rejected
+from ov2_jax.data.sources.index import RecordSource
 from tests.data_cases import PROCESSOR, chat, data_config, tiny_model, tokenizer, write_jsonl
 from tests.prepare_cases import CONFIG, PACK, content, job_of, prepared
 from tests.runs import REPOSITORY, config_of

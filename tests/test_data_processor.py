@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ov2_jax.data.encode import SampleEncoder
-from ov2_jax.data.video import Clip
+from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.encoding.video import Clip
 from ov2_jax.model.normalize import normalize_patches
 from tests.data_cases import PROCESSOR, data_config, tiny_model, tokenizer
 

@@ -5,9 +5,11 @@ import pickle
 
 import pytest
 
-from ov2_jax.data.config import SourceConfig
-from ov2_jax.data.errors import DataError, SampleError
-from ov2_jax.data.records import RawRecord, RecordSource, inside_root, parse_record
+from ov2_jax.config.data import SourceConfig
+from ov2_jax.core.errors import DataError
+from ov2_jax.data.rejected import SampleError
+from ov2_jax.data.sources.index import RecordSource
+from ov2_jax.data.sources.records import RawRecord, inside_root, parse_record
 from tests.data_cases import chat, write_jsonl
 
 

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from ov2_jax.data.config import SourceConfig
-from ov2_jax.data.encode import SampleEncoder
-from ov2_jax.data.errors import DataError, Rejected, SampleError
-from ov2_jax.data.readers.array_record import ArrayRecordReader
-from ov2_jax.data.records import RecordSource, parse_record
+from ov2_jax.config.data import SourceConfig
+from ov2_jax.core.errors import DataError
+from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.rejected import Rejected, SampleError
+from ov2_jax.data.sources.index import RecordSource
+from ov2_jax.data.sources.readers.array_record import ArrayRecordReader
+from ov2_jax.data.sources.records import parse_record
 from tests.data_cases import chat, clip, data_config, picture, tiny_model, tokenizer
 
 

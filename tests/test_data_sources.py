@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from ov2_jax.data.config import PackConfig, SourceConfig
-from ov2_jax.data.loader import make_loader
+from ov2_jax.config.data import SourceConfig
+from ov2_jax.config.pack import PackConfig
+from ov2_jax.data.loader.loader import make_loader
 from tests.data_cases import chat, data_config, picture, tiny_model, tokenizer, write_jsonl
 
 

@@ -6,11 +6,12 @@ import pickle
 import pytest
 import tensorflow_datasets as tfds
 
-from ov2_jax.data.config import SourceConfig
-from ov2_jax.data.encode import SampleEncoder
-from ov2_jax.data.errors import DataError, Rejected
-from ov2_jax.data.records import RecordSource, parse_record
-from ov2_jax.model.config import ConfigError
+from ov2_jax.config.data import SourceConfig
+from ov2_jax.core.errors import ConfigError, DataError
+from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.rejected import Rejected
+from ov2_jax.data.sources.index import RecordSource
+from ov2_jax.data.sources.records import parse_record
 from tests.data_cases import chat, data_config, picture, tiny_model, tokenizer
 
 _TEXT = tfds.features.Text()

@@ -7,8 +7,8 @@ import av
 import numpy as np
 import pytest
 
-from ov2_jax.data.errors import SampleError
-from ov2_jax.data.video import Sampling, read_clip, select_frames
+from ov2_jax.data.encoding.video import Sampling, read_clip, select_frames
+from ov2_jax.data.rejected import SampleError
 from tests.data_cases import clip
 
 DEFAULT = Sampling(None, None, 384)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from conversion.keys import parameter_count
-from ov2_jax.data.errors import REASONS
-from ov2_jax.model.config import SIZES, model_config
-from ov2_jax.training.config import Experiment
+from ov2_jax.config.experiment import Experiment
+from ov2_jax.config.sizes import SIZES, model_config
+from ov2_jax.data.rejected import REASONS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -13,14 +13,18 @@ import pytest
 from flax import nnx
 
 from conversion import to_hf
-from ov2_jax.data.config import DataConfig, PackConfig, SourceConfig
-from ov2_jax.data.encode import SampleEncoder
-from ov2_jax.data.packing import SampleSize, build_pack, place_pack
-from ov2_jax.data.records import RecordSource
-from ov2_jax.data.tokenizer import load_tokenizer
+from ov2_jax.config.compute import ComputeConfig
+from ov2_jax.config.data import DataConfig, SourceConfig
+from ov2_jax.config.model import ModelConfig, TextConfig, VisionConfig
+from ov2_jax.config.pack import PackConfig
+from ov2_jax.core.errors import ConfigError
+from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.encoding.tokenizer import load_tokenizer
+from ov2_jax.data.packing.build import build_pack
+from ov2_jax.data.packing.placement import place_pack
+from ov2_jax.data.sample import SampleSize
+from ov2_jax.data.sources.index import RecordSource
 from ov2_jax.generation.generator import Generator, Sampling, choose_tokens, prompt_batch
-from ov2_jax.model.compute import ComputeConfig
-from ov2_jax.model.config import ConfigError, ModelConfig, TextConfig, VisionConfig
 from ov2_jax.model.llava_onevision2 import LlavaOnevision2
 from ov2_jax.quickstart import TOKENIZER
 from ov2_jax.training.start import random_params

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 from etils import epath
 
-from ov2_jax.training import health
-from ov2_jax.training.health import Health
+from ov2_jax.training.monitoring import health
+from ov2_jax.training.monitoring.health import Health
 from tests.programs import PATIENCE
 from tests.runs import REPOSITORY
 

@@ -13,8 +13,8 @@ import yaml
 
 from launch import gke, slurm, tpu_vm
 from launch.accelerators import LaunchError, parse_accelerator
-from launch.job import Gke, Job, Mount, Slurm, TpuVm, load_job
-from ov2_jax.exit_codes import BROKEN, INTERRUPTED
+from launch.platforms.job import Gke, Job, Mount, Slurm, TpuVm, load_job
+from ov2_jax.core.exit_codes import BROKEN, INTERRUPTED
 from tests.runs import REPOSITORY
 
 ODD = '/it\'s $(touch pwned) `x` "q" ${HOME}; && |'  # a path that would like to be a program

@@ -15,10 +15,10 @@ import pytest
 from rich.console import Console
 
 from launch.local import environment
-from ov2_jax.data.prepare import prepare
-from ov2_jax.data.prepare_work import Job, Processes
-from ov2_jax.exit_codes import INTERRUPTED
-from ov2_jax.training.config import experiment_from
+from ov2_jax.config.build import experiment_from
+from ov2_jax.core.exit_codes import INTERRUPTED
+from ov2_jax.data.prepare.prepare import prepare
+from ov2_jax.data.prepare.work import Job, Processes
 from tests.programs import Program
 from tests.runs import REPOSITORY, SMALL, config_of, run
 

@@ -9,15 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ov2_jax.model.config import (
-    ConfigError,
-    ModelConfig,
-    TextConfig,
-    load_config,
-    model_config,
-    model_config_from_hf,
-    model_config_to_hf,
-)
+from ov2_jax.config.hf import load_config, model_config_from_hf, model_config_to_hf
+from ov2_jax.config.model import ModelConfig, TextConfig
+from ov2_jax.config.sizes import model_config
+from ov2_jax.core.errors import ConfigError
 from ov2_jax.model.llava_onevision2 import LlavaOnevision2
 from ov2_jax.model.normalize import normalize_patches
 from tests.cases import GOLDEN

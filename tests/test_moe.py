@@ -10,30 +10,35 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from conversion import from_hf, orbax_io, to_hf
+from conversion import from_hf, to_hf
 from conversion.errors import ConversionError
+from conversion.formats import orbax_io
+from conversion.formats.safetensors_io import SafetensorsFolder
 from conversion.keys import key_table, leaves
-from conversion.safetensors_io import SafetensorsFolder
-from ov2_jax.data.batch import Batch
-from ov2_jax.model import grouped
-from ov2_jax.model.compute import ComputeConfig
-from ov2_jax.model.config import (
-    ConfigError,
-    TextConfig,
-    load_config,
-    model_config,
-    model_config_from_hf,
-    model_config_to_hf,
-)
+from ov2_jax.config.build import experiment_from
+from ov2_jax.config.compute import ComputeConfig
+from ov2_jax.config.hf import load_config, model_config_from_hf, model_config_to_hf
+from ov2_jax.config.model import TextConfig
+from ov2_jax.config.optimizer import OptimizerConfig
+from ov2_jax.config.sizes import model_config
+from ov2_jax.config.start import with_checkpoint_model
+from ov2_jax.core.batch import Batch
+from ov2_jax.core.errors import ConfigError
 from ov2_jax.model.decoder import KVCache
 from ov2_jax.model.llava_onevision2 import LlavaOnevision2
-from ov2_jax.model.moe import MixtureOfExperts, RouterLoad, load_balancing_loss, load_metrics
-from ov2_jax.sharding import MeshConfig, batch_shardings, make_mesh, parameter_shardings
-from ov2_jax.training.config import experiment_from
-from ov2_jax.training.flops import Work, forward_flops
-from ov2_jax.training.optimizer import OptimizerConfig
-from ov2_jax.training.start import random_params, with_checkpoint_model
-from ov2_jax.training.step import init_state, make_train_step
+from ov2_jax.model.moe import grouped
+from ov2_jax.model.moe.mixture import (
+    MixtureOfExperts,
+    RouterLoad,
+    load_balancing_loss,
+    load_metrics,
+)
+from ov2_jax.sharding.mesh import MeshConfig, make_mesh
+from ov2_jax.sharding.rules import batch_shardings, parameter_shardings
+from ov2_jax.training.monitoring.flops import Work, forward_flops
+from ov2_jax.training.start import random_params
+from ov2_jax.training.state import init_state
+from ov2_jax.training.step import make_train_step
 from tests.cases import GOLDEN, Sample, pack
 from tests.conversion_cases import SMALL_MOE, make_folder, same_tensors, write_weights
 from tests.runs import config_of, run

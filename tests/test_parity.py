@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ov2_jax.model.compute import ComputeConfig
+from ov2_jax.config.compute import ComputeConfig
 from ov2_jax.model.llava_onevision2 import LlavaOnevision2
 from ov2_jax.training.loss import loss_weights
 from ov2_jax.training.step import batch_loss

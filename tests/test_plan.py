@@ -22,8 +22,8 @@ from launch.planner.compiling import measure as compile_elsewhere
 from launch.planner.environment import INSTALL, for_compiling, only_cpu
 from launch.planner.program import slice_of
 from launch.planner.report import report
-from ov2_jax.sharding import make_mesh
-from ov2_jax.training.flops import train_flops
+from ov2_jax.sharding.mesh import make_mesh
+from ov2_jax.training.monitoring.flops import train_flops
 from ov2_jax.training.program import abstract_batch, lower_train_step
 from ov2_jax.training.start import abstract_train_state
 from tests.programs import PATIENCE

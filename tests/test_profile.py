@@ -2,8 +2,8 @@
 
 import pytest
 
-from ov2_jax.model.config import ConfigError
-from ov2_jax.training.config import experiment_from
+from ov2_jax.config.build import experiment_from
+from ov2_jax.core.errors import ConfigError
 from tests.runs import config_of, run
 
 

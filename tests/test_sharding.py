@@ -11,25 +11,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ov2_jax.data.batch import IGNORE, Batch
-from ov2_jax.data.config import PackConfig
-from ov2_jax.model.compute import ComputeConfig
-from ov2_jax.model.config import ConfigError, ModelConfig, TextConfig, VisionConfig, model_config
+from ov2_jax.config.compute import ComputeConfig
+from ov2_jax.config.experiment import check_mesh
+from ov2_jax.config.model import ModelConfig, TextConfig, VisionConfig
+from ov2_jax.config.optimizer import OptimizerConfig
+from ov2_jax.config.pack import PackConfig
+from ov2_jax.config.sizes import model_config
+from ov2_jax.core.batch import IGNORE, Batch
+from ov2_jax.core.errors import ConfigError
 from ov2_jax.model.llava_onevision2 import LlavaOnevision2
-from ov2_jax.sharding import (
-    AXES,
-    MeshConfig,
-    check_mesh,
-    make_mesh,
-    parameter_axes,
-    parameter_shardings,
-    path_string,
-    token_order,
-)
+from ov2_jax.sharding.mesh import AXES, MeshConfig, make_mesh
+from ov2_jax.sharding.rules import parameter_axes, parameter_shardings, path_string, token_order
 from ov2_jax.training.feed import make_feed, to_devices
-from ov2_jax.training.optimizer import OptimizerConfig
 from ov2_jax.training.start import random_params
-from ov2_jax.training.step import Losses, init_state, loss_and_grads, make_train_step
+from ov2_jax.training.state import init_state
+from ov2_jax.training.step import Losses, loss_and_grads, make_train_step
 from tests.cases import Sample, pack
 
 DENSE = ModelConfig(

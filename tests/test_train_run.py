@@ -25,15 +25,15 @@ from fsspec.implementations.memory import MemoryFileSystem
 from ml_collections import ConfigDict
 
 from conversion import from_hf, to_hf
-from ov2_jax.checkpoint_dir import CheckpointError
-from ov2_jax.data.loader import StepInfo
-from ov2_jax.exit_codes import INTERRUPTED
+from ov2_jax.config.build import experiment_from
+from ov2_jax.core.errors import CheckpointError, ConfigError
+from ov2_jax.core.exit_codes import INTERRUPTED
+from ov2_jax.data.loader.loader import StepInfo
 from ov2_jax.generation.load import open_checkpoint
-from ov2_jax.model.config import ConfigError
-from ov2_jax.train import Reporter, TrainingError, train
-from ov2_jax.training.config import experiment_from
-from ov2_jax.training.flops import Work
-from ov2_jax.training.metrics import MetricWriter
+from ov2_jax.train import train
+from ov2_jax.training.monitoring.flops import Work
+from ov2_jax.training.monitoring.metrics import MetricWriter
+from ov2_jax.training.monitoring.reporter import Reporter, TrainingError
 from tests.programs import Program
 from tests.runs import REPOSITORY, SMALL, config_of, run
 

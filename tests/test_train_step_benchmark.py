@@ -14,7 +14,7 @@ from benchmarks.train_step_case import read_case
 from benchmarks.train_step_reference import hf_tensors, sample_inputs
 from benchmarks.train_step_rows import choose_rows
 from conversion.keys import key_table
-from ov2_jax.model.config import ConfigError
+from ov2_jax.core.errors import ConfigError
 from ov2_jax.training.start import random_params
 from tests.programs import PATIENCE
 

@@ -10,16 +10,20 @@ import optax
 import pytest
 from flax import nnx, traverse_util
 
-from ov2_jax.data.batch import IGNORE, Batch
-from ov2_jax.model.compute import ComputeConfig
-from ov2_jax.model.config import ConfigError, ModelConfig, TextConfig, VisionConfig
+from ov2_jax.config.compute import ComputeConfig
+from ov2_jax.config.model import ModelConfig, TextConfig, VisionConfig
+from ov2_jax.config.optimizer import OptimizerConfig
+from ov2_jax.core.batch import IGNORE, Batch
+from ov2_jax.core.errors import ConfigError
 from ov2_jax.model.llava_onevision2 import LlavaOnevision2
-from ov2_jax.sharding import MeshConfig, batch_shardings, make_mesh, parameter_shardings
-from ov2_jax.training.flops import batch_work, forward_flops, train_flops
+from ov2_jax.sharding.mesh import MeshConfig, make_mesh
+from ov2_jax.sharding.rules import batch_shardings, parameter_shardings
 from ov2_jax.training.loss import loss_weights, weighted_cross_entropy
-from ov2_jax.training.optimizer import OptimizerConfig, learning_rate, split_trainable
+from ov2_jax.training.monitoring.flops import batch_work, forward_flops, train_flops
+from ov2_jax.training.optimizer import learning_rate, split_trainable
 from ov2_jax.training.start import random_params
-from ov2_jax.training.step import init_state, make_train_step
+from ov2_jax.training.state import init_state
+from ov2_jax.training.step import make_train_step
 from tests.cases import Sample, pack
 
 MODEL = ModelConfig(

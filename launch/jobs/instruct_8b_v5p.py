@@ -6,7 +6,7 @@
 Names of project, bucket, image and zone are examples.
 """
 
-from launch.job import Gke, Job, Mount, TpuVm
+from launch.platforms.job import Gke, Job, Mount, TpuVm
 
 JOB = Job(
     name="instruct-8b",

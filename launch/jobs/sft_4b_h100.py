@@ -5,7 +5,7 @@
 Paths, partition and image are examples.
 """
 
-from launch.job import Job, Mount, Slurm
+from launch.platforms.job import Job, Mount, Slurm
 
 JOB = Job(
     name="sft-4b",

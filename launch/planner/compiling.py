@@ -13,13 +13,14 @@ from typing import Any
 
 from launch.accelerators import LaunchError, Tpu
 from launch.planner.environment import for_compiling
+from ov2_jax.core.errors import ConfigError, UserError
 
 _LIMIT_S = 3600.0
 _OWN = ("out", "search", "nosearch", "candidates")  # flags that only launch.plan has
 _SWITCHES = ("search", "nosearch")
 
 
-class CompileError(RuntimeError):
+class CompileError(UserError):
     """A program that could not be compiled; the message is one sentence."""
 
 
@@ -38,7 +39,7 @@ def shared_arguments(argv: Sequence[str]) -> list[str]:
 
 
 def measure(tpu: Tpu, arguments: Sequence[str]) -> dict[str, Any]:
-    """Runs launch.planner.measure; raises LaunchError as it says, CompileError if it dies."""
+    """Runs launch.planner.measure; raises the error that it reports, CompileError if it dies."""
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         result = pathlib.Path(folder) / "result.json"
         command = [sys.executable, "-m", "launch.planner.measure", f"--result={result}"]
@@ -62,7 +63,8 @@ def measure(tpu: Tpu, arguments: Sequence[str]) -> dict[str, Any]:
             raise CompileError(_reason(status, log.read_text(errors="replace")))
         found = json.loads(result.read_text())
     if "error" in found:
-        raise LaunchError(found["error"])
+        kinds = {kind.__name__: kind for kind in (ConfigError, LaunchError)}
+        raise kinds[found["error"]["kind"]](found["error"]["message"])
     return found
 
 

@@ -3,7 +3,8 @@
 from ml_collections import ConfigDict
 
 from launch.accelerators import Tpu
-from ov2_jax.training.config import Experiment, experiment_from
+from ov2_jax.config.build import experiment_from
+from ov2_jax.config.experiment import Experiment
 
 
 def planned_experiment(config: ConfigDict) -> Experiment:

@@ -3,7 +3,7 @@
     python -m launch.planner.measure --config=... --topology=v5p:4x4x8 --result=FILE
 
 launch.plan starts it with the right environment, as a compiler that gives up ends its process. The
-result is JSON: what was counted, or {"error": sentence}.
+result is JSON: what was counted, or {"error": {"kind": class, "message": sentence}}.
 """
 
 import json
@@ -15,17 +15,17 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from jax.experimental import topologies
 
 from launch.accelerators import LaunchError, Tpu, parse_accelerator
 from launch.planner import collectives, flops, hlo, loops, memory, traffic, work
 from launch.planner.chips import CHIPS
 from launch.planner.experiment import planned_experiment
-from ov2_jax.model.config import ConfigError
-from ov2_jax.sharding import make_mesh
-from ov2_jax.train import parse_flags  # and --config with its overrides
-from ov2_jax.training.config import Experiment
+from ov2_jax.config.experiment import Experiment
+from ov2_jax.core.errors import ConfigError
+from ov2_jax.core.program import Given, run
+from ov2_jax.sharding.mesh import make_mesh
 from ov2_jax.training.feed import make_feed
 from ov2_jax.training.program import abstract_batch, lower_train_step
 from ov2_jax.training.start import abstract_train_state
@@ -209,24 +209,19 @@ def _define_flags() -> None:
     flags.DEFINE_string("result", None, "The file to write.")
     flags.DEFINE_integer("sample", None, "Tokens of a sample.", lower_bound=1)
     flags.DEFINE_integer("window", None, "Patches of an attention window.", lower_bound=1)
-    flags.mark_flags_as_required(["config", "topology", "result"])
+    flags.mark_flags_as_required(["topology", "result"])
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
-    logging.set_verbosity(logging.ERROR)
-    given = flags.FLAGS
+def main(given: Given) -> None:
     try:
         tpu = parse_accelerator(given.topology)
         result = measure(
             planned_experiment(given.config), tpu, sample=given.sample, window=given.window
         )
     except (ConfigError, LaunchError) as e:
-        result = {"error": f"{type(e).__name__}: {e}"}
+        result = {"error": {"kind": type(e).__name__, "message": str(e)}}
     pathlib.Path(given.result).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
-    _define_flags()
-    app.run(main, flags_parser=parse_flags)
+    run(main, _define_flags, config=True, verbosity=logging.ERROR)

@@ -8,20 +8,20 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags, logging
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from launch.accelerators import Gpu, LaunchError, Tpu, parse_accelerator
 from launch.planner import show
 from launch.planner.chips import GIB
-from launch.planner.compiling import CompileError, measure, shared_arguments
+from launch.planner.compiling import measure, shared_arguments
 from launch.planner.environment import libtpu_version
 from launch.planner.experiment import check, planned_experiment
 from launch.planner.report import report
 from launch.planner.search import Candidate, candidates, rank
-from ov2_jax.model.config import ConfigError
-from ov2_jax.training.config import Experiment
+from ov2_jax.config.experiment import Experiment
+from ov2_jax.core.errors import UserError
+from ov2_jax.core.program import Given
 
 
 def slice_of(text: str) -> Tpu:
@@ -52,10 +52,9 @@ def _folder(out: str | None) -> pathlib.Path | None:
 class Planner:
     """Compiles candidates of one command line and shows what it is doing."""
 
-    def __init__(self, tpu: Tpu, console: Console) -> None:
-        self._tpu, self._console = tpu, console
+    def __init__(self, tpu: Tpu, title: str, console: Console) -> None:
+        self._tpu, self._title, self._console = tpu, title, console
         self._arguments = shared_arguments(sys.argv[1:])
-        self._title = pathlib.Path(flags.FLAGS["config"].config_filename).stem
         self._command = shlex.join(["python", "-m", "launch.plan", *sys.argv[1:]])
 
     def plan(self, what: str, extra: Sequence[str] = ()) -> dict[str, Any]:
@@ -81,7 +80,7 @@ class Planner:
                 row = _row(candidate, plan)
                 if best is None or rank([_row(candidate, best), row])[0] is row:
                     best = plan
-            except (CompileError, LaunchError) as e:
+            except UserError as e:
                 row = _failed(candidate, str(e))
             row["seconds"] = time.perf_counter() - start
             rows.append(row)
@@ -110,33 +109,23 @@ def _failed(candidate: Candidate, error: str) -> dict[str, Any]:
     return {"mesh": candidate.mesh, "remat": candidate.remat, "error": error, "fits": False}
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)
-    given, console = flags.FLAGS, Console(stderr=True)
-    try:
-        tpu = slice_of(given.topology)
-        experiment = planned_experiment(given.config)
-        out = _folder(given.out)
-        if not given.search:
-            check(experiment, tpu)
-        version = libtpu_version()
-        planner = Planner(tpu, console)
-        rows: list[dict[str, Any]] = []
-        if given.search:
-            plan, rows = planner.search(experiment, given.candidates)
-        else:
-            plan = planner.plan(given.topology)
-    except LaunchError as e:
-        said = str(e)  # the compiling process names its own errors' class
-        raise SystemExit(said if re.match(r"\w+Error: ", said) else f"LaunchError: {said}") from e
-    except (ConfigError, CompileError) as e:
-        raise SystemExit(f"{type(e).__name__}: {e}") from e
+def main(given: Given) -> int:
+    console = Console(stderr=True)
+    tpu = slice_of(given.topology)
+    experiment = planned_experiment(given.config)
+    out = _folder(given.out)
+    if not given.search:
+        check(experiment, tpu)
+    version = libtpu_version()
+    planner = Planner(tpu, given.config_file.stem, console)
+    rows: list[dict[str, Any]] = []
+    if given.search:
+        plan, rows = planner.search(experiment, given.candidates)
+    else:
+        plan = planner.plan(given.topology)
     plan |= {"search": rows, "libtpu": version}
     show.print_plan(plan)
     if out is not None:
         for path in show.write(plan, out):
             print(path)
-    if not plan["memory"]["fits"]:
-        raise SystemExit(1)
+    return 0 if plan["memory"]["fits"] else 1

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from launch.accelerators import LaunchError, Tpu
 from launch.planner.experiment import check
-from ov2_jax.model.compute import REMAT_POLICIES
-from ov2_jax.model.config import ConfigError
-from ov2_jax.sharding import MeshConfig
-from ov2_jax.training.config import Experiment
+from ov2_jax.config.compute import REMAT_POLICIES
+from ov2_jax.config.experiment import Experiment
+from ov2_jax.core.errors import ConfigError
+from ov2_jax.sharding.mesh import MeshConfig
 
 # No more than this along axes that exchange activations in every layer.
 _LARGEST = {"expert": 16, "context": 16, "tensor": 8}

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ov2_jax.data.images import smart_resize
-from ov2_jax.data.video import Sampling
+from ov2_jax.config.experiment import Experiment
+from ov2_jax.data.encoding.images import smart_resize
+from ov2_jax.data.encoding.video import Sampling
 from ov2_jax.model.attention import Segments, visited_blocks
 from ov2_jax.model.attention.splash import block_size
-from ov2_jax.model.compute import SAVED
-from ov2_jax.sharding import GATHERED, mesh_axes, parameter_axes, path_string
-from ov2_jax.training.config import Experiment
-from ov2_jax.training.flops import Work, forward_flops
+from ov2_jax.model.layers.remat import SAVED
+from ov2_jax.sharding.rules import GATHERED, mesh_axes, parameter_axes, path_string
+from ov2_jax.training.monitoring.flops import Work, forward_flops
 
 # The text of a clip's sample beside its frames, and of a frame's timestamp: "<123.4 seconds>", its
 # two marks and a newline.

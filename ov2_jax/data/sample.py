@@ -37,3 +37,10 @@ class SampleLength(NamedTuple):
     windows: tuple[int, ...]  # patches of each window
     dropped_rounds: int = 0
     uniform_fallbacks: int = 0  # clips too short for codec-style reading, read as uniform frames
+
+
+class SampleSize(NamedTuple):
+    """What placement needs to know of a sample."""
+
+    tokens: int
+    windows: tuple[int, ...]  # patches of each window, in order

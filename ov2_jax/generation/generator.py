@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ov2_jax.data.batch import IGNORE, Batch, VisionRows
+from ov2_jax.config.compute import ComputeConfig
+from ov2_jax.config.model import ModelConfig
+from ov2_jax.core.batch import IGNORE, Batch, VisionRows
+from ov2_jax.core.errors import ConfigError
+from ov2_jax.data.encoding.tokenizer import IM_END, token_ids
 from ov2_jax.data.sample import EncodedSample
-from ov2_jax.data.tokenizer import IM_END, token_ids
-from ov2_jax.model.compute import ComputeConfig
-from ov2_jax.model.config import ConfigError, ModelConfig
 from ov2_jax.model.decoder import KVCache
 from ov2_jax.model.llava_onevision2 import LlavaOnevision2
 

@@ -9,15 +9,17 @@ from etils import epath
 from flax import nnx
 
 from conversion.load import load_hf_params
-from ov2_jax.checkpoint_dir import absolute, is_hf_folder, resolve
-from ov2_jax.data.config import DataConfig
-from ov2_jax.data.tokenizer import load_tokenizer
+from ov2_jax.config.build import data_config_from
+from ov2_jax.config.compute import ComputeConfig
+from ov2_jax.config.data import DataConfig
+from ov2_jax.config.hf import load_config
+from ov2_jax.config.model import ModelConfig
+from ov2_jax.core.checkpoint_dir import absolute, is_hf_folder, resolve
+from ov2_jax.core.errors import ConfigError
+from ov2_jax.data.encoding.tokenizer import load_tokenizer
 from ov2_jax.generation.generator import Generator
-from ov2_jax.model.compute import ComputeConfig
-from ov2_jax.model.config import ConfigError, ModelConfig, load_config
 from ov2_jax.model.llava_onevision2 import LlavaOnevision2
 from ov2_jax.training.checkpoint import restore_params
-from ov2_jax.training.config import data_config_from
 
 
 class Opened(NamedTuple):

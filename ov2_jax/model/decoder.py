@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from ov2_jax.model.attention import Segments, attention, masked_attention
-from ov2_jax.model.compute import ComputeConfig
-from ov2_jax.model.config import TextConfig
-from ov2_jax.model.layers import Linear, RMSNorm, scan_layers, stack
-from ov2_jax.model.moe import MixtureOfExperts, RouterLoad
-from ov2_jax.model.rope import Rope, rotate_half, text_rope
-from ov2_jax.parallel import (
+from ov2_jax.config.compute import ComputeConfig
+from ov2_jax.config.model import TextConfig
+from ov2_jax.model.attention import Segments, attention, kernel_of, masked_attention
+from ov2_jax.model.layers.basic import Linear, RMSNorm, scan_layers, stack
+from ov2_jax.model.layers.rope import Rope, rotate_half, text_rope
+from ov2_jax.model.moe.mixture import MixtureOfExperts, RouterLoad
+from ov2_jax.sharding.exchange import (
     axis_index,
     axis_size,
     gather_row,
@@ -142,7 +142,7 @@ class DecoderLayer(nnx.Module):
         return x + y, load
 
     def __call__(
-        self, x: jax.Array, row: Row, backends: tuple[str, ...]
+        self, x: jax.Array, row: Row, kernel: str
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], RouterLoad | None]:
         """Packed rows: [B L D] -> [B L D], this layer's keys and values, its router's load.
 
@@ -150,7 +150,7 @@ class DecoderLayer(nnx.Module):
         """
         q, k, v = self.attn.qkv(gather_tokens(self.input_layernorm(x)), row.rope)
         q, k, v = checkpoint_name((q, k, v), "qkv")
-        out = attention(q, gather_row(k), gather_row(v), row.segments, backends=backends)
+        out = attention(q, gather_row(k), gather_row(v), row.segments, kernel=kernel)
         x = checkpoint_name(x + scatter_tokens(self.attn.out(out)), "attended")
         x, load = self.feed_forward(x, row.real)
         return x, (k, v), load
@@ -196,7 +196,7 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int [...] -> [... D]."""
-        return self.embed_tokens(tokens, self.compute.jax_dtype)
+        return self.embed_tokens(tokens, jnp.dtype(self.compute.dtype))
 
     def head(self) -> jax.Array:
         """The output kernel, [D V]."""
@@ -229,7 +229,7 @@ class Decoder(nnx.Module):
         )
 
         def step(layer: DecoderLayer, x: jax.Array, _: None) -> tuple:
-            x, kv, load = layer(x, row, self.compute.backends)
+            x, kv, load = layer(x, row, kernel_of(self.compute))
             return x, Collected(KVCache(*kv) if collect_cache else None, load)
 
         x, collected = scan_layers(self.layers, step, embeddings, compute=self.compute)

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from ov2_jax.model.attention import Segments, attention, masked_attention, row_segments
-from ov2_jax.model.compute import ComputeConfig
-from ov2_jax.model.config import VisionConfig
-from ov2_jax.model.layers import NORMS, Linear, RMSNorm, scan_layers, stack
-from ov2_jax.model.rope import Rope, rotate_neighbours, vision_rope
+from ov2_jax.config.compute import ComputeConfig
+from ov2_jax.config.model import VisionConfig
+from ov2_jax.model.attention import Segments, attention, kernel_of, masked_attention, row_segments
+from ov2_jax.model.layers.basic import NORMS, Linear, RMSNorm, scan_layers, stack
+from ov2_jax.model.layers.rope import Rope, rotate_neighbours, vision_rope
 
 Classes = tuple[Segments, ...]  # of the classes of rows
 
@@ -34,9 +34,7 @@ class Attention(nnx.Module):
         self.qkv = linear(width, 3 * width, bias=True)
         self.proj = linear(width, width, bias=True)
 
-    def __call__(
-        self, x: jax.Array, rope: Rope, classes: Classes, backends: tuple[str, ...]
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, rope: Rope, classes: Classes, kernel: str) -> jax.Array:
         n, d = x.shape
         qkv = self.qkv(x).reshape(n, 3, self.heads, d // self.heads)
         q, k = rotate_neighbours(qkv[:, 0], rope), rotate_neighbours(qkv[:, 1], rope)
@@ -46,7 +44,7 @@ class Attention(nnx.Module):
             shape = segments.q_ids.shape
             own = slice(start, start := start + math.prod(shape))
             rows = (z[own].reshape(*shape, self.heads, -1) for z in (q, k, v))
-            out.append(attention(*rows, segments, backends=backends).reshape(-1, d))
+            out.append(attention(*rows, segments, kernel=kernel).reshape(-1, d))
         return self.proj(jnp.concatenate(out))
 
 
@@ -68,10 +66,8 @@ class EncoderLayer(nnx.Module):
         self.layer_norm2 = norm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config, rngs)
 
-    def __call__(
-        self, x: jax.Array, rope: Rope, classes: Classes, backends: tuple[str, ...]
-    ) -> jax.Array:
-        x = x + self.attn(self.layer_norm1(x), rope, classes, backends)
+    def __call__(self, x: jax.Array, rope: Rope, classes: Classes, kernel: str) -> jax.Array:
+        x = x + self.attn(self.layer_norm1(x), rope, classes, kernel)
         x = checkpoint_name(x, "vision_attended")
         return x + self.mlp(self.layer_norm2(x))
 
@@ -155,10 +151,10 @@ class VisionEncoder(nnx.Module):
             patch_positions, head_dim=self.config.head_dim, theta=self.config.rope_theta
         )
         classes = tuple(row_segments(ids, causal=False) for ids in segment_ids)
-        x = self.layernorm_pre(self.patch_embedding(patches.astype(self.compute.jax_dtype)))
+        x = self.layernorm_pre(self.patch_embedding(patches.astype(jnp.dtype(self.compute.dtype))))
 
         def step(layer: EncoderLayer, x: jax.Array, _: None) -> tuple:
-            x = layer(x, rope, classes, self.compute.backends)
+            x = layer(x, rope, classes, kernel_of(self.compute))
             return x, (x if collect_layers else None)
 
         x, layers = scan_layers(self.layers, step, x, compute=self.compute)

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ov2_jax.data.batch import Batch, VisionRows
-from ov2_jax.model.compute import ComputeConfig
-from ov2_jax.model.config import ModelConfig
+from ov2_jax.config.compute import ComputeConfig
+from ov2_jax.config.model import ModelConfig
+from ov2_jax.core.batch import Batch, VisionRows
 from ov2_jax.model.decoder import Collected, Decoder
 from ov2_jax.model.encoder import VisionEncoder
 from ov2_jax.model.merger import Merger
 from ov2_jax.model.normalize import normalize_patches
-from ov2_jax.parallel import gather_vision
+from ov2_jax.sharding.exchange import gather_vision
 
 
 class LlavaOnevision2(nnx.Module):

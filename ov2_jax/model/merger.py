@@ -5,9 +5,9 @@ import functools
 import jax
 from flax import nnx
 
-from ov2_jax.model.config import VisionConfig
+from ov2_jax.config.model import VisionConfig
 from ov2_jax.model.encoder import gelu
-from ov2_jax.model.layers import LayerNorm, Linear
+from ov2_jax.model.layers.basic import LayerNorm, Linear
 
 
 class Merger(nnx.Module):

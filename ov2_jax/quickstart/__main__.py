@@ -12,21 +12,19 @@ import time
 from pathlib import Path
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from rich.console import Console
 from rich.table import Table
 
 from conversion import to_hf
-from ov2_jax.data.config import SourceConfig
-from ov2_jax.evaluate import Answer, accuracy_by_task, evaluate, write_answers
+from ov2_jax.config.build import experiment_from
+from ov2_jax.config.data import SourceConfig
+from ov2_jax.core.program import Given, run
+from ov2_jax.evaluation.exact_match import Answer, accuracy_by_task, evaluate, write_answers
 from ov2_jax.generation.load import open_checkpoint
 from ov2_jax.quickstart.dataset import write_dataset
 from ov2_jax.quickstart.tasks import CHANCE
 from ov2_jax.train import train
-from ov2_jax.training.config import experiment_from
-
-_OUT = flags.DEFINE_string("out", "runs/quickstart", "Where everything is written.")
-_STEPS = flags.DEFINE_integer("steps", None, "Training steps instead of the config's.")
 
 _CONFIG = Path(__file__).parents[2] / "configs/quickstart.py"
 _NEEDED = 0.8
@@ -47,11 +45,13 @@ def _result_table(answers: list[Answer]) -> Table:
     return table
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
-    logging.set_verbosity(logging.ERROR)
-    console, out, start = Console(), Path(_OUT.value), time.perf_counter()
+def _define_flags() -> None:
+    flags.DEFINE_string("out", "runs/quickstart", "Where everything is written.")
+    flags.DEFINE_integer("steps", None, "Training steps instead of the config's.")
+
+
+def main(given: Given) -> None:
+    console, out, start = Console(), Path(given.out), time.perf_counter()
 
     def stage(sentence: str) -> None:
         console.print(f"[{time.perf_counter() - start:4.0f} s] {sentence}", markup=False)
@@ -61,8 +61,8 @@ def main(argv: list[str]) -> None:
     config = runpy.run_path(str(_CONFIG))["get_config"]()
     config.workdir = str(out / "model")
     config.data.sources = ({"path": str(data.train_jsonl)},)
-    if _STEPS.value is not None:
-        config.steps = _STEPS.value
+    if given.steps is not None:
+        config.steps = given.steps
     experiment = experiment_from(config)
 
     stage(f"2/4 Training {experiment.steps} steps on {jax.devices()[0].platform} ...")
@@ -107,4 +107,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main, _define_flags, verbosity=logging.ERROR)

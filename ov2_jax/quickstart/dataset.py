@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from ov2_jax.core.errors import UserError
 from ov2_jax.quickstart import drawing, tasks
 
 MARKER = "dataset.json"
@@ -34,7 +35,7 @@ MARKER = "dataset.json"
 BROKEN = ("missing-file", "truncated-jpeg", "placeholder-mismatch", "broken-json")
 
 
-class DatasetError(ValueError):
+class DatasetError(UserError):
     """A data set that cannot be written where or as asked."""
 
 

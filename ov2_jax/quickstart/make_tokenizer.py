@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from conversion.hf_folder import CHAT_TEMPLATE
+from conversion.formats.hf_folder import CHAT_TEMPLATE
 from ov2_jax.quickstart import tasks
 
 FOLDER = Path(__file__).parent / "tokenizer"

@@ -12,12 +12,11 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ov2_jax.checkpoint_dir import CheckpointError
-from ov2_jax.data.errors import DataError
-from ov2_jax.data.steps import share_state
-from ov2_jax.training.config import CheckpointConfig
+from ov2_jax.config.experiment import CheckpointConfig
+from ov2_jax.core.errors import CheckpointError, DataError
+from ov2_jax.data.loader.steps import share_state
 from ov2_jax.training.feed import Feed
-from ov2_jax.training.step import TrainState
+from ov2_jax.training.state import TrainState
 
 ITEMS = ("params", "train_state", "loader", "config")
 

@@ -6,9 +6,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ov2_jax.data.batch import Batch
-from ov2_jax.model.config import ConfigError
-from ov2_jax.sharding import PACK_AXES, batch_shardings, data_shards, token_order
+from ov2_jax.core.batch import Batch
+from ov2_jax.core.errors import ConfigError
+from ov2_jax.sharding.mesh import PACK_AXES, data_shards
+from ov2_jax.sharding.rules import batch_shardings, token_order
 
 
 class Feed(NamedTuple):

@@ -8,18 +8,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ov2_jax.data.batch import IGNORE
-from ov2_jax.model.config import ConfigError
-from ov2_jax.parallel import (
-    axis_index,
-    axis_size,
-    gather_tokens,
-    maximum,
-    total,
-)
-from ov2_jax.sharding import PACK_AXES, ROW_AXES
-
-REDUCTIONS = ("tokens", "rows")
+from ov2_jax.config.experiment import REDUCTIONS
+from ov2_jax.core.batch import IGNORE
+from ov2_jax.core.errors import ConfigError
+from ov2_jax.sharding.exchange import axis_index, axis_size, gather_tokens, maximum, total
+from ov2_jax.sharding.mesh import PACK_AXES, ROW_AXES
 
 
 def loss_weights(targets: jax.Array, reduction: str) -> jax.Array:

@@ -1,16 +1,19 @@
 """The train step as one compiled program: what a run executes and what a planner compiles."""
 
+import os
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ov2_jax.data.batch import Batch, VisionRows
-from ov2_jax.sharding import batch_shardings
-from ov2_jax.training.config import Experiment
+from ov2_jax.config.experiment import Experiment
+from ov2_jax.core.batch import Batch, VisionRows
+from ov2_jax.core.checkpoint_dir import absolute
+from ov2_jax.sharding.rules import batch_shardings
 from ov2_jax.training.start import abstract_train_state, model_graph
-from ov2_jax.training.step import TrainState, make_train_step
+from ov2_jax.training.state import TrainState
+from ov2_jax.training.step import make_train_step
 
 # Without it a reduce-scatter over all chips of a slice is compiled to an all-reduce: twice the
 # bytes (jax 0.10.2, libtpu 0.0.42). Chips with SparseCores only.
@@ -65,3 +68,14 @@ def lower_train_step(experiment: Experiment, mesh: Mesh) -> jax.stages.Lowered:
     state = abstract_train_state(experiment, mesh)
     with jax.set_mesh(mesh):
         return jit_train_step(experiment, state).lower(state, abstract_batch(experiment, mesh))
+
+
+def use_compilation_cache(workdir: str) -> None:
+    """Keeps compiled programs, for the next start of the same run, in WORKDIR/compilation_cache.
+
+    All hosts see that folder. JAX_COMPILATION_CACHE_DIR names another, which runs may share;
+    JAX_ENABLE_COMPILATION_CACHE=false does without.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        folder = os.fspath(absolute(workdir) / "compilation_cache")
+        jax.config.update("jax_compilation_cache_dir", folder)

@@ -10,14 +10,15 @@ import optax
 from flax import nnx, traverse_util
 from jax.sharding import PartitionSpec as P
 
-from ov2_jax.data.batch import IGNORE, Batch
+from ov2_jax.config.optimizer import OptimizerConfig
+from ov2_jax.core.batch import IGNORE, Batch
 from ov2_jax.model.llava_onevision2 import LlavaOnevision2
-from ov2_jax.model.moe import RouterLoad, load_balancing_loss, load_metrics
-from ov2_jax.parallel import axis_size, total, whole_parameters
-from ov2_jax.sharding import AXES, batch_specs, mesh_axes, parameter_specs, path_string
+from ov2_jax.model.moe.mixture import RouterLoad, load_balancing_loss, load_metrics
+from ov2_jax.sharding.exchange import axis_size, total, whole_parameters
+from ov2_jax.sharding.mesh import AXES
+from ov2_jax.sharding.rules import batch_specs, mesh_axes, parameter_specs, path_string
 from ov2_jax.training.loss import loss_weights, weighted_cross_entropy
 from ov2_jax.training.optimizer import (
-    OptimizerConfig,
     Tree,
     apply_updates,
     join,
@@ -25,34 +26,7 @@ from ov2_jax.training.optimizer import (
     make_optimizer,
     split_trainable,
 )
-
-
-class TrainState(NamedTuple):
-    """All that a run needs to go on, apart from the loader's state."""
-
-    step: jax.Array  # int32: optimizer steps taken or skipped
-    params: Tree  # float32 masters
-    opt_state: optax.OptState
-    skipped: jax.Array  # int32: updates skipped in all, because something was not finite
-    skipped_in_a_row: jax.Array  # int32
-    rng: jax.Array  # key data of the run's random stream
-
-
-Metrics = dict[str, jax.Array]
-
-
-def init_state(params: Tree, config: OptimizerConfig, seed: int) -> TrainState:
-    """A state at step 0; optimizer moments only for what is trained."""
-    trainable, _ = split_trainable(params, config)
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(
-        step=zero,
-        params=params,
-        opt_state=make_optimizer(config).init(trainable),
-        skipped=zero,
-        skipped_in_a_row=zero,
-        rng=jax.random.key_data(jax.random.key(seed)),
-    )
+from ov2_jax.training.state import Metrics, TrainState
 
 
 class Losses(NamedTuple):
@@ -71,7 +45,7 @@ def batch_loss(
     The sum of weight * token loss, weights [G B L], and for a mixture of experts the load-balancing
     loss of the batch's real tokens on all devices times `router_aux_loss_coef` / `micro_steps`.
     """
-    dtype = nnx.merge(graph, params).decoder.compute.jax_dtype
+    dtype = nnx.merge(graph, params).decoder.compute.dtype
     model: LlavaOnevision2 = nnx.merge(graph, _outside_layers(params, dtype))
     hidden, collected = model(batch)
     rows = hidden.shape[:2]
@@ -210,13 +184,3 @@ def make_train_step(
         return new, metrics
 
     return train_step
-
-
-def abstract_state(make: Callable[[], Any], shardings: Callable[[Any], Any]) -> Any:
-    """Shapes, dtypes and shardings of what `make` would return, without making it."""
-    shapes = jax.eval_shape(make)
-    return jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-        shapes,
-        shardings(shapes),
-    )

@@ -4,6 +4,7 @@ A backend is a function (q [B Q H D], k [B K J D], v [B K J D], Segments) -> [B 
 the same, softmax in float32; padding gives zeros.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,17 +12,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ov2_jax.config.compute import ComputeConfig
+from ov2_jax.core.errors import ConfigError
 from ov2_jax.model.attention import plain, splash, triton, xla
 from ov2_jax.model.attention.blocks import Segments, row_segments, visible, visited_blocks
 from ov2_jax.model.attention.plain import masked_attention
-from ov2_jax.model.config import ConfigError
 
 __all__ = [
-    "BACKENDS",
+    "KERNELS",
     "Segments",
     "attention",
     "choose",
     "first_working",
+    "for_platform",
+    "kernel_of",
     "masked_attention",
     "row_segments",
     "visible",
@@ -29,7 +33,7 @@ __all__ = [
 ]
 
 
-class Backend(NamedTuple):
+class Kernel(NamedTuple):
     attention: Callable[..., jax.Array]
     platforms: tuple[str, ...]
     computed_scores: Callable[..., Any]  # what it costs: entries of the score matrix, a head
@@ -39,10 +43,10 @@ class Backend(NamedTuple):
 
 
 # In order of preference.
-BACKENDS = {
-    "splash": Backend(splash.attention, ("tpu",), splash.computed_scores),
-    "triton": Backend(triton.attention, ("gpu",), triton.computed_scores),
-    "xla": Backend(xla.attention, ("tpu", "gpu", "cpu"), xla.computed_scores),
+KERNELS = {
+    "splash": Kernel(splash.attention, ("tpu",), splash.computed_scores),
+    "triton": Kernel(triton.attention, ("gpu",), triton.computed_scores),
+    "xla": Kernel(xla.attention, ("tpu", "gpu", "cpu"), xla.computed_scores),
 }
 
 
@@ -50,9 +54,21 @@ BACKENDS = {
 def choose(order: Sequence[str], platform: str) -> str:
     """The first backend of `order` that runs on "tpu", "gpu" or "cpu"; raises ConfigError."""
     for name in order:
-        if BACKENDS[name].is_supported(platform):
+        if KERNELS[name].is_supported(platform):
             return name
     raise ConfigError(f"compute.attention {tuple(order)} has nothing that runs on a {platform}.")
+
+
+def kernel_of(compute: ComputeConfig) -> str:
+    """The one kernel that is left of the preferences, or the first that these devices run."""
+    if len(compute.attention) == 1:
+        return compute.attention[0]
+    return choose(compute.attention, jax.default_backend())
+
+
+def for_platform(compute: ComputeConfig, platform: str) -> ComputeConfig:
+    """With the one attention kernel that is taken on "tpu", "gpu" or "cpu"."""
+    return dataclasses.replace(compute, attention=(choose(compute.attention, platform),))
 
 
 def first_working(order: Sequence[str]) -> tuple[str, list[str]]:
@@ -63,12 +79,12 @@ def first_working(order: Sequence[str]) -> tuple[str, list[str]]:
     behind it.
     """
     notes = []
-    supported = [name for name in order if BACKENDS[name].is_supported(jax.default_backend())]
+    supported = [name for name in order if KERNELS[name].is_supported(jax.default_backend())]
     for name in supported:
         if name == supported[-1]:
             return name, notes
         try:
-            error = _error_of(BACKENDS[name].attention)
+            error = _error_of(KERNELS[name].attention)
         except Exception as e:  # whatever a compiler raises: the next one is tried
             notes.append(f"Attention kernel {name} is not used: {type(e).__name__}: {str(e)[:500]}")
             continue
@@ -107,7 +123,7 @@ def attention(
     v: jax.Array,  # [B K J D]
     segments: Segments,
     *,
-    backends: Sequence[str],
+    kernel: str,
 ) -> jax.Array:
     """Softmax attention of every token to its own segment, [B Q H D] in q's dtype."""
-    return BACKENDS[backends[0]].attention(q, k, v, segments)
+    return KERNELS[kernel].attention(q, k, v, segments)

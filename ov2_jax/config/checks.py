@@ -1,0 +1,12 @@
+"""What the checks of config fields share."""
+
+from ov2_jax.core.errors import ConfigError
+
+
+def check(owner: str, name: str, value: object, good: bool, remedy: str) -> None:
+    if not good:
+        raise ConfigError(f"{owner}.{name} is {value!r}; it must be {remedy}.")
+
+
+def whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,66 @@
+"""The tokenizer: whatever transformers loads from a folder, checked against the model's ids."""
+
+from typing import TYPE_CHECKING
+
+from etils import epath
+
+from ov2_jax.config.model import ModelConfig
+from ov2_jax.core.errors import DataError
+
+if TYPE_CHECKING:  # transformers takes a second to import; only load_tokenizer needs it
+    from transformers import PreTrainedTokenizerFast
+
+
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+SPECIAL_TOKENS = (IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
+
+
+def token_ids(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
+    """Ids of a text as it stands, special tokens included and none added.
+
+    Goes to the Rust tokenizer itself: transformers' wrapper sets truncation and padding on every
+    call, which fails ("Already borrowed") when several threads share a tokenizer.
+    """
+    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def check_tokenizer(tokenizer: "PreTrainedTokenizerFast", model: ModelConfig) -> None:
+    """Raises DataError unless each chat and vision token is one token with the model's id."""
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise DataError(f"{type(tokenizer).__name__} has no tokenizer.json; a fast one is needed.")
+    expected = {
+        VISION_START: model.vision_start_token_id,
+        VISION_END: model.vision_end_token_id,
+        IMAGE_PAD: model.image_token_id,
+        VIDEO_PAD: model.video_token_id,
+    }
+    for token in SPECIAL_TOKENS:
+        ids = token_ids(tokenizer, token)
+        if len(ids) != 1:
+            raise DataError(f"The tokenizer splits {token}; it must be one special token.")
+        if token in expected and ids[0] != expected[token]:
+            raise DataError(
+                f"The tokenizer's id of {token} is {ids[0]} but the model's config says "
+                f"{expected[token]}; they must come from the same checkpoint."
+            )
+    size = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True)
+    if size > model.text.vocab_size:
+        raise DataError(
+            f"The tokenizer has {size} tokens but the model's vocabulary only "
+            f"{model.text.vocab_size}; they must come from the same checkpoint."
+        )
+
+
+def load_tokenizer(folder: epath.PathLike, model: ModelConfig) -> "PreTrainedTokenizerFast":
+    """Loads a tokenizer folder and checks it; raises DataError with the reason."""
+    from transformers import PreTrainedTokenizerFast
+
+    if not (epath.Path(folder) / "tokenizer.json").exists():
+        raise DataError(f"{folder} is not a tokenizer folder: it has no tokenizer.json.")
+    # Not AutoTokenizer: it reads the model's config.json, whose type only remote code knows, and
+    # asks on the terminal whether to run that.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    check_tokenizer(tokenizer, model)
+    return tokenizer

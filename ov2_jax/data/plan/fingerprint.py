@@ -1,0 +1,133 @@
+"""What lengths and plans depend on, as flat names and values that are compared and shown to people.
+
+Encoding: the config of the data road, the model's geometry and token ids, the pack's shape (what
+fits), the tokenizer's content, and every file's name, records and bytes. The seed only where clips
+are read one way or the other by a coin. Where files and media lie (`path`, `root`) counts while a
+folder is being prepared, but a prepared data set may move afterwards.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+
+from ov2_jax.config.data import DataConfig, SourceConfig, leaves
+from ov2_jax.config.model import ModelConfig
+from ov2_jax.config.pack import PackConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+# Raised where the same configuration comes to give other lengths.
+_FORMAT = 1
+
+# Fields of DataConfig that do not change what a sample becomes. `sources` and `shuffle` are the
+# mixture's; of the sources' fields the encoding's are listed below.
+_NOT_ENCODING = (
+    "sources",
+    "shuffle",
+    "plan",
+    "num_workers",
+    "lookahead",
+    "decode_timeout_s",
+    "max_reject_share",
+    "reject_check_after",
+)
+_VISION = ("num_channels", "patch_size", "spatial_merge_size", "frame_windows_size")
+_TOKEN_IDS = (
+    "image_token_id",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+)
+_PLACES = ("path", "root")
+
+
+def _bytes(file: str) -> int:
+    """Bytes of a file, or of all files in a folder (TFDS); local or remote."""
+    files, inner = fsspec.core.url_to_fs(file)
+    return int(files.du(inner))
+
+
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerFast") -> str:
+    text = tokenizer.backend_tokenizer.to_str()
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def encoding_inputs(
+    data: DataConfig,
+    model: ModelConfig,
+    pack: PackConfig,
+    tokenizer: "PreTrainedTokenizerFast",
+    seed: int,
+) -> dict[str, Any]:
+    """All that a record's length depends on but for the files, as plain JSON values."""
+    fields = dataclasses.asdict(dataclasses.replace(data, sources=()))
+    found: dict[str, Any] = {"format": _FORMAT, "tokenizer": tokenizer_hash(tokenizer)}
+    for name, value in fields.items():
+        if name not in _NOT_ENCODING:
+            found |= _flat(f"data.{name}", value)
+    found |= {f"model.vision.{name}": getattr(model.vision, name) for name in _VISION}
+    found |= {f"model.{name}": getattr(model, name) for name in _TOKEN_IDS}
+    found |= {f"pack.{name}": value for name, value in dataclasses.asdict(pack).items()}
+    sources = leaves(data.sources)
+    found["data.sources"] = f"{len(sources)} data sets"
+    for i, source in enumerate(sources):
+        names = ("path", "root", "kind", "split", "video", "title")
+        found |= {f"data.sources[{i}].{name}": getattr(source, name) for name in names}
+    if any(source.video == "alternate" for source in sources):
+        found["seed"] = seed
+    return json.loads(json.dumps(found))
+
+
+def file_inputs(files: Sequence[Sequence[tuple[str, int]]]) -> dict[str, str]:
+    """Name, records and bytes of every file of every source (RecordSource.files)."""
+    return {
+        f"data.sources[{i}] file {k + 1}": (
+            f"{PurePath(file).name} ({records} records, {_bytes(file)} bytes)"
+        )
+        for i, of_source in enumerate(files)
+        for k, (file, records) in enumerate(of_source)
+    }
+
+
+def mixture_inputs(data: DataConfig) -> dict[str, Any]:
+    """What rules which records an epoch has, beside the seed."""
+
+    def of(sources: Sequence[SourceConfig], where: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for i, source in enumerate(sources):
+            here = f"{where}[{i}]"
+            for name in ("weight", "epochs", "cap"):
+                found[f"{here}.{name}"] = getattr(source, name)
+            found |= of(source.sources, f"{here}.sources")
+        return found
+
+    return {"data.shuffle": data.shuffle, **of(data.sources, "data.sources")}
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {name: value}
+    return {k: v for key, inner in value.items() for k, v in _flat(f"{name}.{key}", inner).items()}
+
+
+def difference(
+    then: Mapping[str, Any], now: Mapping[str, Any], *, moved: bool = False
+) -> str | None:
+    """`NAME A, but this run has NAME B`, of the first name whose values differ; None if all agree.
+
+    With `moved` the places of sources need not agree.
+    """
+    for name in [*now, *sorted(set(then) - set(now))]:
+        if moved and name.startswith("data.sources[") and name.rpartition(".")[2] in _PLACES:
+            continue
+        if name not in then or name not in now or then[name] != now[name]:
+            before, after = then.get(name, "missing"), now.get(name, "missing")
+            return f"{name} {before!r}, but this run has {after!r}"
+    return None

@@ -1,0 +1,68 @@
+"""Reads the samples of a plan's packs."""
+
+from typing import Any
+
+from ov2_jax.config.data import DataConfig
+from ov2_jax.core.errors import DataError
+from ov2_jax.core.files import read_json
+from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.plan.fingerprint import difference, file_inputs, mixture_inputs
+from ov2_jax.data.plan.folder import MANIFEST, Plan
+from ov2_jax.data.plan.packed_shards import PackedShards
+from ov2_jax.data.rejected import Rejected
+from ov2_jax.data.sample import EncodedSample
+from ov2_jax.data.sources.index import RecordSource
+
+Samples = list[EncodedSample | Rejected]
+
+
+class PackEncoder:
+    """The samples of pack n of a plan, encoded: `packs(n)`."""
+
+    def __init__(self, plan: Plan, records: RecordSource, encoder: SampleEncoder) -> None:
+        self._plan, self._records, self._encoder = plan, records, encoder
+
+    def __call__(self, pack: int) -> Samples:
+        return [self._sample(int(record)) for record in self._plan.members(pack)]
+
+    def _sample(self, record: int) -> EncodedSample | Rejected:
+        sample = self._encoder(self._records[record])
+        if isinstance(sample, Rejected):
+            return sample
+        tokens, windows = self._plan.size(record)
+        got = sample.windows.tolist()
+        if len(sample.tokens) == tokens and got == list(windows):
+            return sample
+        detail = (
+            f"it has {len(sample.tokens)} tokens and {len(got)} windows of {sum(got)} patches, in "
+            f"the plan {tokens}, {len(windows)} and {sum(windows)}; if the data changed, prepare "
+            "it anew"
+        )
+        return Rejected("plan_mismatch", detail, sample.id, sample.file, sample.line)
+
+
+def open_plan(
+    data: DataConfig, inputs: dict[str, Any], encoder: SampleEncoder
+) -> tuple[Plan, PackEncoder | PackedShards]:
+    """The plan of data.plan, and what reads its packs' samples: `inputs` are `encoding_inputs`.
+
+    Raises DataError, naming the first thing in which this run differs from the plan.
+    """
+    plan = Plan(data.plan)
+    then = read_json(plan.folder / MANIFEST)["inputs"]
+    records = None
+    if plan.info.packed_files:
+        inputs = inputs | {name: value for name, value in then.items() if " file " in name}
+    else:
+        records = RecordSource(data.sources)
+        inputs = inputs | file_inputs(records.files)
+    found = difference(then, inputs, moved=True)
+    found = found or difference(plan.info.inputs, mixture_inputs(data))
+    if found is not None:
+        raise DataError(
+            f"data.plan {data.plan} was made with {found}; change it back, or run "
+            "ov2_jax.data.prepare with this config and another --out."
+        )
+    if records is None:
+        return plan, PackedShards(plan.packed_files(), plan.packs)
+    return plan, PackEncoder(plan, records, encoder)

@@ -1,0 +1,131 @@
+"""What lies where: the mesh, and one table of rules for parameters and one for the batch.
+
+    data      replicas; the only axis that may cross slices or slow networks
+    fsdp      packs; parameters are cut over it and gathered layer by layer
+    expert    packs; experts lie apart on it, everything else as on fsdp
+    context   a pack's tokens and vision rows; parameters as on fsdp
+    tensor    a pack's tokens and vision rows; heads, MLPs and the vocabulary of the decoder
+
+parallel.py has what devices exchange.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ov2_jax.core.batch import Batch, VisionRows
+from ov2_jax.sharding.mesh import PACK_AXES, ROW_AXES
+
+# What the axes of a parameter mean, by the end of its path; the leading layer axis of a stack is
+# left out. Vectors are not listed: they are whole everywhere.
+_PARAMETERS = (
+    ("embed_tokens.embedding", ("vocab", "embed")),
+    ("lm_head.kernel", ("embed", "vocab")),
+    ("q_proj.kernel", ("embed", "heads")),
+    ("k_proj.kernel", ("embed", "heads")),
+    ("v_proj.kernel", ("embed", "heads")),
+    ("o_proj.kernel", ("heads", "embed")),
+    ("experts.gate_proj.kernel", ("expert", "expert_embed", "mlp")),
+    ("experts.up_proj.kernel", ("expert", "expert_embed", "mlp")),
+    ("experts.down_proj.kernel", ("expert", "mlp", "expert_embed")),
+    ("mlp.gate_proj.kernel", ("embed", "mlp")),
+    ("mlp.up_proj.kernel", ("embed", "mlp")),
+    ("mlp.down_proj.kernel", ("mlp", "embed")),
+    ("mlp.gate.kernel", ("router", None)),
+    ("patch_embedding.kernel", (None, "width")),
+    ("attn.qkv.kernel", ("width", None)),
+    ("attn.proj.kernel", (None, "width")),
+    ("fc1.kernel", ("width", None)),
+    ("fc2.kernel", (None, "width")),
+)
+
+# Axis meaning -> mesh axes that are gathered where the parameter is used. "width" and "router" are
+# the widths of matrices which tensor parallelism leaves whole: encoder and merger, and the router,
+# which alone is never cast to a smaller type.
+GATHERED = {
+    "embed": ("fsdp", "expert", "context"),
+    "expert_embed": ("fsdp", "context"),
+    "width": ("fsdp", "expert", "context", "tensor"),
+    "router": ("fsdp", "expert", "context", "tensor"),
+}
+_MESH_AXES = GATHERED | {
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "expert": ("expert",),
+}
+
+
+# --- parameters -----------------------------------------------------------------------------------
+
+
+def parameter_axes(path: str) -> tuple[str | None, ...] | None:
+    """The meanings of the last axes of the parameter at a dotted path; None: whole everywhere."""
+    return next((axes for end, axes in _PARAMETERS if path.endswith(end)), None)
+
+
+def parameter_spec(path: str, ndim: int) -> P:
+    """How the parameter at a dotted path is cut."""
+    axes = parameter_axes(path) or ()
+    return P(*[None] * (ndim - len(axes)), *(_MESH_AXES.get(axis) for axis in axes))
+
+
+def mesh_axes(path: str) -> set[str]:
+    """The mesh axes over which the parameter at a dotted path is cut."""
+    axes = parameter_axes(path) or ()
+    return {name for axis in axes for name in _MESH_AXES.get(axis, ())}
+
+
+def path_string(path: tuple[Any, ...]) -> str:
+    """A jax key path as a dotted name, e.g. encoder.layers.attn.qkv.kernel."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def parameter_specs(params: Any) -> Any:
+    """PartitionSpec for every leaf of a tree of arrays or shapes, by the names of its path.
+
+    Optimizer moments lie in trees of the same paths and follow the same rules.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: parameter_spec(path_string(path), np.ndim(leaf)), params
+    )
+
+
+def parameter_shardings(params: Any, mesh: Mesh) -> Any:
+    """The same as NamedShardings of a mesh."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), parameter_specs(params))
+
+
+# --- the batch ------------------------------------------------------------------------------------
+
+
+def batch_specs(classes: int, *, leading: int = 0) -> Batch:
+    """PartitionSpecs of a batch with so many classes of vision rows, behind `leading` whole axes.
+
+    Text rows are cut along their tokens, vision rows are dealt out.
+    """
+    none = [None] * leading
+    tokens = P(*none, PACK_AXES, None, ROW_AXES)
+    rows = P(*none, PACK_AXES, ROW_AXES)
+    return Batch(*[tokens] * 5, (VisionRows(rows, rows, rows),) * classes)
+
+
+def batch_shardings(mesh: Mesh, classes: int, *, leading: int = 0) -> Batch:
+    """The same as NamedShardings of a mesh."""
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), batch_specs(classes, leading=leading))
+
+
+def token_order(length: int, context: int) -> np.ndarray:
+    """Which token of a row [length] lies at each place when rows are cut over `context` devices.
+
+    A causal query late in a row sees more keys than an early one. The row is cut into 2 * context
+    pieces, and device i has pieces i and 2 * context - 1 - i: all have the same work.
+    """
+    if context == 1:
+        return np.arange(length)
+    pieces = np.arange(length).reshape(2 * context, -1)
+    early, late = pieces[:context], pieces[context:][::-1]
+    return np.stack([early, late], 1).reshape(-1)
