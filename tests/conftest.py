@@ -36,7 +36,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, data) -> Path:
     """The work directory of a run of two steps."""
-    from tests.runs import run
+    from tests.tiny import run
 
     workdir = tmp_path_factory.mktemp("run") / "finished"
     run(workdir, data, steps=2)

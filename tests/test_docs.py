@@ -11,9 +11,9 @@ from conversion.keys import parameter_count
 from ov2_jax.config.experiment import Experiment
 from ov2_jax.config.sizes import SIZES, model_config
 from ov2_jax.data.rejected import REASONS
+from tests.programs import REPOSITORY
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 TEXTS = {path.name: path.read_text() for path in PAGES}
 FIELDS = {f.name: f for f in dataclasses.fields(Experiment)}
 
@@ -23,7 +23,7 @@ def test_links_and_files_exist(page):
     for target in re.findall(r"\]\(([^)#]+)\)", TEXTS[page.name]):
         assert target.startswith("https://") or (page.parent / target).exists(), target
     for path in re.findall(r"`([\w/]+/\w+\.\w+)`", TEXTS[page.name]):
-        assert (ROOT / path).exists() or (ROOT / "ov2_jax" / path).exists(), path
+        assert (REPOSITORY / path).exists() or (REPOSITORY / "ov2_jax" / path).exists(), path
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -37,7 +37,8 @@ def test_modules_and_flags_exist(page):
             for flag in re.findall(r"--([\w-]+)", rest.split(" -- ")[0]):
                 # conversion shares --max-shard-size between its programs, launch --job.
                 shared = "".join(
-                    (ROOT / path).read_text() for path in ("conversion/cli.py", "launch/render.py")
+                    (REPOSITORY / path).read_text()
+                    for path in ("conversion/cli.py", "launch/render.py")
                 )
                 assert f'"{flag}"' in source or f'"--{flag}"' in source + shared, (module, flag)
 

@@ -219,7 +219,7 @@ def load_job(path: str, changes: Sequence[str] = ()) -> Job:
         raise LaunchError(f"--job is {path!r}, which is no file; see launch/jobs/ for some.")
     job = runpy.run_path(path).get("JOB")
     if not isinstance(job, Job):
-        raise LaunchError(f"--job {path} must define JOB = launch.job.Job(...).")
+        raise LaunchError(f"--job {path} must define JOB = launch.platforms.job.Job(...).")
     overrides = dict(job.overrides)
     for change in changes:
         name, equals, value = change.partition("=")

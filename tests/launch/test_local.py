@@ -1,0 +1,212 @@
+"""Jobs of several processes on one machine: how they end, and that they are the run of one."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from rich.console import Console
+
+from launch.local import environment
+from ov2_jax.config.build import experiment_from
+from ov2_jax.core.exit_codes import INTERRUPTED
+from ov2_jax.data.prepare.prepare import prepare
+from ov2_jax.data.prepare.work import Job, Processes
+from tests.programs import REPOSITORY, Program
+from tests.tiny import SMALL_RUN, config_of, run
+
+STEPS = 24
+ROWS = {"pack.vision_rows": ((8, 64),)}  # which 8 devices can share
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory, data) -> Path:
+    root = tmp_path_factory.mktemp("plan")
+    e = experiment_from(config_of(root / "unused", data, **ROWS))
+    job = Job(e.data, e.pack, e.model, e.tokenizer, seed=e.seed, out=str(root / "plan"))
+    with Processes(1) as processes:
+        prepare(job, processes, console=Console(file=io.StringIO()))
+    return root / "plan"
+
+
+def changes(plan: Path) -> dict:
+    return {"steps": STEPS, "checkpoint.every": 4, "data.plan": str(plan), **ROWS}
+
+
+def launched(
+    workdir: Path, data: Path, plan: Path, *, processes: int, devices: int, **mesh: int
+) -> Program:
+    """launch.local in a process of its own, its output beside the work directory."""
+    values = {"data.sources": ({"path": str(data)},), **SMALL_RUN, **changes(plan)}
+    values |= {f"mesh.{axis}": size for axis, size in mesh.items()}
+    command = [sys.executable, "-m", "launch.local", f"--processes={processes}"]
+    command += [f"--devices-per-process={devices}", "--", "--config=configs/quickstart.py"]
+    command += [f"--config.workdir={workdir}"]
+    command += [f"--config.{name}={value}" for name, value in values.items()]
+    return Program(command, workdir.with_suffix(".log"))
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {x["step"]: x["loss"] for x in lines}
+
+
+def test_killed_stopped_and_resumed_it_is_the_run_of_one_process(tmp_path, data, plan, capsys):
+    one, many = tmp_path / "one", tmp_path / "many"
+    run(one, data, **changes(plan))
+    capsys.readouterr()
+
+    with launched(many, data, plan, processes=2, devices=4) as job:
+        job.until((many / "checkpoints/4").exists)
+        beat = json.loads((many / "heartbeat/process_00001.json").read_text())
+        os.kill(beat["pid"], signal.SIGKILL)
+        said = job.end(1, seconds=30)
+    assert "Starting at step 0 on fsdp 8" in said
+    assert "launch.local: Process 1 was ended by SIGKILL (status 137), so the job was" in said
+    assert (many / "compilation_cache").exists()
+
+    # Now every pack is spread over both processes: each reads all of them.
+    with launched(many, data, plan, processes=2, devices=4, fsdp=1, context=8) as job:
+        job.until(lambda: "Resuming at step" in job.said())
+        job.signal(signal.SIGTERM)
+        said = job.end(INTERRUPTED)
+    assert "launch.local: SIGTERM: all processes are asked to save and stop." in said
+    (line,) = (x for x in said.splitlines() if "Stopped by SIGTERM" in x)
+    stopped = max(int(p.name) for p in (many / "checkpoints").iterdir())
+    assert line.startswith("[0] ") and f"step {stopped} is saved" in line
+    assert stopped < STEPS and max(losses(many)) == stopped
+
+    run(many, data, **changes(plan))
+    assert f"Resuming at step {stopped}" in capsys.readouterr().err
+    want, got = losses(one), losses(many)
+    assert list(got) == list(want) == list(range(1, STEPS + 1))
+    np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-4)
+
+
+def test_an_error_in_one_process_ends_all(tmp_path, data, plan):
+    """The others wait for it in a collective; nobody waits for them."""
+    workdir = tmp_path / "run"
+    (workdir / "heartbeat/process_00001.json.part").mkdir(parents=True)
+    with launched(workdir, data, plan, processes=2, devices=4) as job:
+        job.until(lambda: "IsADirectoryError" in job.said())
+        said = job.end(1, seconds=30)
+    sentence = said[said.index("launch.local: Process 1 ended with status 70") :]
+    assert "\n    IsADirectoryError: [Errno 21]" in sentence
+
+
+# --- without training -----------------------------------------------------------------------------
+
+_PROGRAM = """
+import os, signal, subprocess, sys, time
+from launch.local import run
+command = [sys.executable, "-c", sys.argv[1]]
+sys.exit(run(command, [{**os.environ, "RANK": str(rank)} for rank in range(2)]))
+"""
+
+
+def start(program: str) -> subprocess.Popen:
+    lines = "import os, signal, subprocess, sys, time\nrank = os.environ['RANK']\n" + program
+    command = [sys.executable, "-c", _PROGRAM, lines]
+    return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+
+
+def alive(pid: int) -> bool:
+    """Zombies, which an orphan stays where nobody collects it, are not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize(
+    "program, status",
+    [
+        ("", 0),
+        ("sys.exit(75)", INTERRUPTED),
+        ("sys.exit(75 if rank == '1' else 0)", INTERRUPTED),
+        ("sys.exit(3 if rank == '1' else 0)", 1),
+    ],
+)
+def test_statuses(program, status):
+    process = start(program)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == status, said
+    assert ("Process 1 ended with status 3" in said) == (status == 1)
+
+
+def test_a_process_that_does_not_listen_is_killed(tmp_path):
+    """Rank 0 ignores SIGTERM, as does what it started; rank 1 fails."""
+    process = start(
+        "if rank == '1': time.sleep(2); print('what went wrong'); sys.exit(4)\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+        "subprocess.run(['sleep', '600'])\n"
+    )
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert "Process 1 ended with status 4, so the job" in said
+    assert said.count("[1] what went wrong") == 1 and "\n    what went wrong\n" in said
+    group = int((tmp_path / "pid").read_text())
+    assert not [pid for pid in psutil.pids() if alive(pid) and os.getpgid(pid) == group]
+
+
+def test_a_second_signal_kills():
+    process = start(
+        "signal.signal(signal.SIGTERM, lambda *_: print('saving', flush=True))\n"
+        "print('ready', flush=True)\n"
+        "for _ in range(600): time.sleep(1)\n"
+    )
+    lines = iter(process.stderr.readline, "")
+    seen = 0
+    for word, number in (("ready", signal.SIGINT), ("saving", signal.SIGTERM)):
+        seen = sum(1 for _, line in zip(range(2), (x for x in lines if word in x), strict=False))
+        assert seen == 2
+        process.send_signal(number)
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "Asked again to stop" in rest
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux's")
+def test_a_killed_launcher_leaves_nothing_behind():
+    process = start("print(os.getpid(), flush=True); time.sleep(600)")
+    pids = [int(process.stderr.readline().split()[1]) for _ in range(2)]
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    end = time.monotonic() + 10
+    while any(map(alive, pids)):
+        assert time.monotonic() < end, "a process outlived its launcher by ten seconds"
+        time.sleep(0.01)
+
+
+def test_each_process_gets_its_own_devices():
+    def of(rank: int, platform: str, **base: str) -> dict[str, str]:
+        return environment(
+            rank, processes=2, devices=2, platform=platform, port=9, base={"HOME": "/h", **base}
+        )
+
+    cpu = of(1, "cpu", XLA_FLAGS="--xla_a=1 --xla_force_host_platform_device_count=8 --xla_b=2")
+    assert cpu["XLA_FLAGS"].split() == [
+        "--xla_a=1",
+        "--xla_b=2",
+        "--xla_force_host_platform_device_count=2",
+    ]
+    assert cpu["JAX_PLATFORMS"] == "cpu" and cpu["HOME"] == "/h"
+    assert (cpu["JAX_PROCESS_ID"], cpu["JAX_NUM_PROCESSES"]) == ("1", "2")
+    assert [of(rank, "cuda")["CUDA_VISIBLE_DEVICES"] for rank in (0, 1)] == ["0,1", "2,3"]
+    assert of(1, "cuda", CUDA_VISIBLE_DEVICES="4,5,6,7")["CUDA_VISIBLE_DEVICES"] == "6,7"
+    with pytest.raises(SystemExit, match="need 4 GPUs, but CUDA_VISIBLE_DEVICES names 3"):
+        of(0, "cuda", CUDA_VISIBLE_DEVICES="0,1,2")
+
+
+def test_what_is_not_given_is_said():
+    command = [sys.executable, "-m", "launch.local", "--processes=2"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode != 0 and "comes after --, as in" in result.stdout + result.stderr
