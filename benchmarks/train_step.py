@@ -36,7 +36,7 @@ from ov2_jax.config.optimizer import PARTS, OptimizerConfig
 from ov2_jax.core.batch import Batch
 from ov2_jax.core.errors import ConfigError
 from ov2_jax.data.packing.build import build_pack
-from ov2_jax.model.attention import BACKENDS, kernel_of, row_segments
+from ov2_jax.model.attention import KERNELS, kernel_of, row_segments
 from ov2_jax.quickstart import TOKENIZER
 from ov2_jax.sharding.mesh import make_mesh
 from ov2_jax.sharding.rules import parameter_shardings
@@ -143,7 +143,7 @@ def describe(case: Case, rows: Rows, batch: Batch) -> list[str]:
 
     def scores(ids: np.ndarray, *, causal: bool) -> int:
         segments = row_segments(ids[0], causal=causal)
-        return int(np.sum(BACKENDS[backend].computed_scores(segments)))
+        return int(np.sum(KERNELS[backend].computed_scores(segments)))
 
     batch = jax.tree.map(lambda x: x[None], batch)
     work = batch_work(batch)

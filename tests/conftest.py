@@ -6,6 +6,7 @@ Tests compile a lot and compute little, so LLVM's expensive passes would be most
 import os
 from pathlib import Path
 
+import jaxtyping
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -13,6 +14,10 @@ os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true"
     " --xla_backend_optimization_level=0"
 )
+
+
+# Every call of these packages' functions is checked against its annotations, shapes included.
+jaxtyping.install_import_hook(["ov2_jax", "conversion"], "beartype.beartype")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,7 +15,6 @@ import pathlib
 import struct
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Self
 
 import ml_dtypes
 import numpy as np
@@ -248,7 +247,7 @@ class SafetensorsWriter:
         """A view of the tensor in its file; what is assigned to it is written."""
         return self._views[name]
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "SafetensorsWriter":
         return self
 
     def __exit__(

@@ -7,7 +7,7 @@ R vision rows of W patches (one window each).
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,10 @@ from ov2_jax.config.compute import ComputeConfig
 from ov2_jax.config.model import ModelConfig
 from ov2_jax.core.batch import IGNORE, Batch, VisionRows
 from ov2_jax.core.errors import ConfigError
-from ov2_jax.data.encoding.tokenizer import IM_END, token_ids
+from ov2_jax.data.encoding.tokenizer import IM_END, Tokenizer, token_ids
 from ov2_jax.data.sample import EncodedSample
 from ov2_jax.model.decoder import KVCache
 from ov2_jax.model.llava_onevision2 import LlavaOnevision2
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 _TOKEN_STEP = 64  # prompts are padded to multiples of this, so that few shapes are compiled
 
@@ -155,7 +152,7 @@ class Generator:
         self,
         config: ModelConfig,
         params: Any,
-        tokenizer: "PreTrainedTokenizerFast",
+        tokenizer: Tokenizer,
         compute: ComputeConfig | None = None,
     ) -> None:
         self.config = config

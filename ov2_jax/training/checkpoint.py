@@ -5,7 +5,7 @@ Nothing is ever restored in part: what does not fit raises CheckpointError.
 
 import json
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import grain
 import jax
@@ -97,7 +97,7 @@ class RunCheckpoints:
             ) from e
         return TrainState(params=got.params, **got.train_state)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RunCheckpoints":
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -11,7 +11,7 @@ A sample's exact length is known without decoding its pictures (`measure`), see 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from ov2_jax.config.model import ModelConfig
 from ov2_jax.config.pack import PackConfig
 from ov2_jax.core.errors import ConfigError, describe
 from ov2_jax.data.encoding import chat as chat_lib
-from ov2_jax.data.encoding.tokenizer import check_tokenizer, token_ids
+from ov2_jax.data.encoding.tokenizer import Tokenizer, check_tokenizer, token_ids
 from ov2_jax.data.encoding.vision import (
     SIZE_REASONS,
     MediaQueue,
@@ -36,10 +36,6 @@ from ov2_jax.data.rejected import Rejected, SampleError
 from ov2_jax.data.sample import EncodedSample, SampleLength
 from ov2_jax.data.sources.media import Media
 from ov2_jax.data.sources.records import RawRecord, Record, parse_record, raw_id
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 
 T = TypeVar("T")
 
@@ -65,7 +61,7 @@ class SampleEncoder:
         self,
         data: DataConfig,
         model: ModelConfig,
-        tokenizer: "PreTrainedTokenizerFast",
+        tokenizer: Tokenizer,
         pack: PackConfig | None = None,
         *,
         seed: int = 0,

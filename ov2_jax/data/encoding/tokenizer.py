@@ -1,14 +1,20 @@
 """The tokenizer: whatever transformers loads from a folder, checked against the model's ids."""
 
-from typing import TYPE_CHECKING
+from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
 
 from ov2_jax.config.model import ModelConfig
 from ov2_jax.core.errors import DataError
 
-if TYPE_CHECKING:  # transformers takes a second to import; only load_tokenizer needs it
-    from transformers import PreTrainedTokenizerFast
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What is used of transformers' PreTrainedTokenizerFast, whose import takes a second."""
+
+    backend_tokenizer: Any
+
+    def decode(self, token_ids: Any) -> str: ...
 
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
@@ -17,7 +23,7 @@ IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 SPECIAL_TOKENS = (IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
 
 
-def token_ids(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
+def token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a text as it stands, special tokens included and none added.
 
     Goes to the Rust tokenizer itself: transformers' wrapper sets truncation and padding on every
@@ -26,7 +32,7 @@ def token_ids(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def check_tokenizer(tokenizer: "PreTrainedTokenizerFast", model: ModelConfig) -> None:
+def check_tokenizer(tokenizer: object, model: ModelConfig) -> None:
     """Raises DataError unless each chat and vision token is one token with the model's id."""
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise DataError(f"{type(tokenizer).__name__} has no tokenizer.json; a fast one is needed.")
@@ -53,7 +59,7 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerFast", model: ModelConfig) ->
         )
 
 
-def load_tokenizer(folder: epath.PathLike, model: ModelConfig) -> "PreTrainedTokenizerFast":
+def load_tokenizer(folder: epath.PathLike, model: ModelConfig) -> Tokenizer:
     """Loads a tokenizer folder and checks it; raises DataError with the reason."""
     from transformers import PreTrainedTokenizerFast
 

@@ -9,18 +9,15 @@ No accelerator is touched, and nothing is written but the page.
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ov2_jax.config.experiment import Experiment
 from ov2_jax.core.errors import UserError
+from ov2_jax.data.encoding.tokenizer import Tokenizer
 from ov2_jax.data.inspect.packs import open_road
 from ov2_jax.data.inspect.page import Collector, render
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 class InspectError(UserError):
@@ -29,7 +26,7 @@ class InspectError(UserError):
 
 def inspect_data(
     experiment: Experiment,
-    tokenizer: "PreTrainedTokenizerFast",
+    tokenizer: Tokenizer,
     *,
     count: int = 1000,
     samples: int = 24,

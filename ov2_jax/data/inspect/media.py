@@ -7,19 +7,15 @@ import base64
 import io
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from ov2_jax.config.model import VisionConfig
 from ov2_jax.data.encoding.images import patch_positions
-from ov2_jax.data.encoding.tokenizer import IMAGE_PAD, VISION_START
+from ov2_jax.data.encoding.tokenizer import IMAGE_PAD, VISION_START, Tokenizer
 from ov2_jax.data.inspect.packs import LOSS, VISION, SeenSample
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 
 PICTURE, FRAMES, CODEC = "picture", "frames", "codec"  # kinds of windows and media
 
@@ -114,9 +110,7 @@ def sample_kind(kinds: Sequence[str]) -> str:
 # --- text -----------------------------------------------------------------------------------------
 
 
-def text_spans(
-    sample: SeenSample, tokenizer: "PreTrainedTokenizerFast", special: frozenset[int]
-) -> list[TextSpan]:
+def text_spans(sample: SeenSample, tokenizer: Tokenizer, special: frozenset[int]) -> list[TextSpan]:
     """The sample's text, to the letter; placeholders of one run are one span."""
     tokens, kinds = sample.tokens, sample.kinds
     looks = np.where(kinds == LOSS, 1, 0)
@@ -134,11 +128,11 @@ def text_spans(
     ]
 
 
-def _decode(tokenizer: "PreTrainedTokenizerFast", tokens: np.ndarray) -> str:
+def _decode(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
     return tokenizer.backend_tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
 
 
-def _runs(sample: SeenSample, tokenizer: "PreTrainedTokenizerFast", unit: int) -> list[Run]:
+def _runs(sample: SeenSample, tokenizer: Tokenizer, unit: int) -> list[Run]:
     pads = sample.kinds == VISION
     starts = np.flatnonzero(pads & ~np.concatenate([[False], pads[:-1]]))
     ends = np.flatnonzero(pads & ~np.concatenate([pads[1:], [False]])) + 1
@@ -196,9 +190,7 @@ def _picture(
 # --- media ----------------------------------------------------------------------------------------
 
 
-def media_of(
-    sample: SeenSample, tokenizer: "PreTrainedTokenizerFast", vision: VisionConfig
-) -> list[Medium]:
+def media_of(sample: SeenSample, tokenizer: Tokenizer, vision: VisionConfig) -> list[Medium]:
     """The sample's pictures and clips, in order."""
     runs = _runs(sample, tokenizer, vision.merge_unit)
     by_start = {run.patches.start: run for run in runs}

@@ -8,7 +8,7 @@ import abc
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -18,6 +18,7 @@ from ov2_jax.config.model import ModelConfig
 from ov2_jax.config.pack import PackConfig
 from ov2_jax.core.batch import IGNORE, Batch
 from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.encoding.tokenizer import Tokenizer
 from ov2_jax.data.loader.planned import PackOrder
 from ov2_jax.data.loader.workers import read_in_order
 from ov2_jax.data.packing.build import PackInfo, build_pack
@@ -28,10 +29,6 @@ from ov2_jax.data.plan.reading import open_plan
 from ov2_jax.data.rejected import Rejected
 from ov2_jax.data.sample import EncodedSample, SampleSize
 from ov2_jax.data.sources.mixture import Mixture
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 
 _READ_AHEAD = 8  # samples
 _PACKS_AHEAD = 4
@@ -208,7 +205,7 @@ def open_road(
     data: DataConfig,
     pack: PackConfig,
     model: ModelConfig,
-    tokenizer: "PreTrainedTokenizerFast",
+    tokenizer: Tokenizer,
     *,
     seed: int,
     count: int,

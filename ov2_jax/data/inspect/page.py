@@ -6,7 +6,7 @@ import hashlib
 import heapq
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 
 from ov2_jax.config.model import ModelConfig
 from ov2_jax.config.pack import PackConfig
-from ov2_jax.data.encoding.tokenizer import SPECIAL_TOKENS, token_ids
+from ov2_jax.data.encoding.tokenizer import SPECIAL_TOKENS, Tokenizer, token_ids
 from ov2_jax.data.inspect.media import (
     CODEC,
     FRAMES,
@@ -28,10 +28,6 @@ from ov2_jax.data.inspect.media import (
 )
 from ov2_jax.data.inspect.packs import LOSS, SeenPack, SeenSample
 from ov2_jax.data.rejected import Rejected
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 
 KINDS = ("text", "picture", "pictures", "clip", "codec clip")  # of samples
 _WINDOW_KINDS = (PICTURE, FRAMES, CODEC)
@@ -140,7 +136,7 @@ class Collector:
         else:
             heapq.heappushpop(self._kept, entry)
 
-    def details(self, tokenizer: "PreTrainedTokenizerFast") -> list[Detail]:
+    def details(self, tokenizer: Tokenizer) -> list[Detail]:
         special = frozenset(i for token in SPECIAL_TOKENS for i in token_ids(tokenizer, token))
         kept = sorted((-number, sample) for _, number, sample in self._kept)
         return [

@@ -5,7 +5,7 @@ in memory (lookahead.py). Placement, counting and what becomes of bad samples ar
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grain
 
@@ -14,17 +14,15 @@ from ov2_jax.config.model import ModelConfig
 from ov2_jax.config.pack import PackConfig
 from ov2_jax.core.errors import ConfigError
 from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.encoding.tokenizer import Tokenizer
 from ov2_jax.data.loader.lookahead import LookaheadIterator
 from ov2_jax.data.loader.planned import PackMaker, PackOrder, PlannedIterator
 from ov2_jax.data.loader.steps import Progress, StepInfo
 from ov2_jax.data.loader.workers import steps_ahead
 from ov2_jax.data.plan.fingerprint import encoding_inputs
+from ov2_jax.data.plan.reading import open_plan
 from ov2_jax.data.rejected import RejectLog
 from ov2_jax.data.sources.mixture import Mixture
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-from ov2_jax.data.plan.reading import open_plan
 
 __all__ = ["StepInfo", "make_loader"]
 
@@ -33,7 +31,7 @@ def make_loader(
     data: DataConfig,
     pack: PackConfig,
     model: ModelConfig,
-    tokenizer: "PreTrainedTokenizerFast",
+    tokenizer: Tokenizer,
     *,
     packs_per_step: int,
     seed: int,

@@ -11,17 +11,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import fsspec
 
 from ov2_jax.config.data import DataConfig, SourceConfig, leaves
 from ov2_jax.config.model import ModelConfig
 from ov2_jax.config.pack import PackConfig
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
+from ov2_jax.data.encoding.tokenizer import Tokenizer
 
 # Raised where the same configuration comes to give other lengths.
 _FORMAT = 1
@@ -54,7 +51,7 @@ def _bytes(file: str) -> int:
     return int(files.du(inner))
 
 
-def tokenizer_hash(tokenizer: "PreTrainedTokenizerFast") -> str:
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
     text = tokenizer.backend_tokenizer.to_str()
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -63,7 +60,7 @@ def encoding_inputs(
     data: DataConfig,
     model: ModelConfig,
     pack: PackConfig,
-    tokenizer: "PreTrainedTokenizerFast",
+    tokenizer: Tokenizer,
     seed: int,
 ) -> dict[str, Any]:
     """All that a record's length depends on but for the files, as plain JSON values."""

@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import cached_property
 from multiprocessing.connection import wait
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from etils import epath
 
@@ -136,7 +136,7 @@ class Processes:
                 "command again (what is finished is kept), with a smaller --num-workers."
             ) from error
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Processes":
         return self
 
     def __exit__(self, *exc: object) -> None:

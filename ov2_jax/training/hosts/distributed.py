@@ -2,7 +2,6 @@
 
 import os
 import signal
-from typing import Self
 
 import jax
 from jax.experimental import multihost_utils
@@ -53,7 +52,7 @@ class StopSignal:
         self._asked, self._calls = False, 0
         self._alone = jax.process_count() == 1
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StopSignal":
         if self._alone:
             self._previous = signal.signal(signal.SIGTERM, self._ask)
         return self

@@ -9,7 +9,6 @@ import socket
 import statistics
 import sys
 import time
-from typing import Self
 
 from etils import epath
 
@@ -39,7 +38,7 @@ class Health:
         self._written = -math.inf
         self._beat: dict[str, float | int | str] | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Health":
         self._heartbeat.parent.mkdir(parents=True, exist_ok=True)
         self._stacks.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._stacks.open("a")

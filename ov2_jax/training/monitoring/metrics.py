@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 from etils import epath
 from rich.console import Console
@@ -87,7 +87,7 @@ class MetricWriter:
                 project=wandb_project, name=workdir.name, config=dict(config), resume="allow"
             )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MetricWriter":
         self._progress.start()
         return self
 

@@ -1,6 +1,6 @@
 """A trace of a few steps, for XProf or TensorBoard's profile plugin."""
 
-from typing import Any, Self
+from typing import Any
 
 import jax
 from etils import epath
@@ -30,7 +30,7 @@ class Profiler:
         jax.profiler.stop_trace()
         self._tracing = False
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Profiler":
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -8,7 +8,7 @@ import pytest
 from ov2_jax.config.compute import ComputeConfig
 from ov2_jax.core.errors import ConfigError
 from ov2_jax.model.attention import (
-    BACKENDS,
+    KERNELS,
     Segments,
     choose,
     first_working,
@@ -120,9 +120,9 @@ def costs(rows: np.ndarray) -> dict[str, float]:
     segments = row_segments(jnp.asarray(rows), causal=False)
     windows = sum(int((np.bincount(row)[1:].astype(np.int64) ** 2).sum()) for row in rows)
     cost = {
-        "splash": int(BACKENDS["splash"].computed_scores(segments).sum()),
-        "triton": int(max(BACKENDS["triton"].computed_scores(segments, 64, "bfloat16").values())),
-        "xla": int(BACKENDS["xla"].computed_scores(segments).sum()),
+        "splash": int(KERNELS["splash"].computed_scores(segments).sum()),
+        "triton": int(max(KERNELS["triton"].computed_scores(segments, 64, "bfloat16").values())),
+        "xla": int(KERNELS["xla"].computed_scores(segments).sum()),
         "whole rows": rows.shape[0] * rows.shape[1] ** 2,
     }
     ratios = {name: round(scores / windows, 2) for name, scores in cost.items()}
@@ -144,7 +144,7 @@ def test_rows_of_pictures_alone_cost_a_part_of_their_square():
 
 
 def test_the_first_backend_that_runs_is_chosen():
-    order = tuple(BACKENDS)
+    order = tuple(KERNELS)
     assert [choose(order, p) for p in ("tpu", "gpu", "cpu")] == ["splash", "triton", "xla"]
     assert choose(("xla", "splash"), "tpu") == "xla"
     with pytest.raises(ConfigError, match=r"\('splash',\) has nothing that runs on a cpu"):
@@ -164,8 +164,8 @@ def test_a_kernel_that_fails_or_is_wrong_is_passed_over(monkeypatch):
         raise NotImplementedError("no such instruction")
 
     for name, kernel in (("splash", leaking), ("triton", broken)):
-        backend = BACKENDS[name]._replace(attention=kernel, platforms=("cpu",))
-        monkeypatch.setitem(BACKENDS, name, backend)
+        backend = KERNELS[name]._replace(attention=kernel, platforms=("cpu",))
+        monkeypatch.setitem(KERNELS, name, backend)
     name, notes = first_working(("splash", "triton", "xla"))
     assert name == "xla" and len(notes) == 2
     assert "splash is not used: its results are off" in notes[0]

@@ -1,7 +1,7 @@
 """Where the bits of a clip's cells come from."""
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import av
 import numpy as np
@@ -16,6 +16,7 @@ from ov2_jax.data.sources.media import Media, decodable
 _SKIP_BITS = 16.0
 
 
+@runtime_checkable
 class ScoreSource(Protocol):
     """Bits per cell of the frames that are looked at; one object a clip."""
 

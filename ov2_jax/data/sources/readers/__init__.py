@@ -6,7 +6,7 @@ SampleError when that row is read.
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ov2_jax.config.data import SourceConfig
 from ov2_jax.data.sources.readers.array_record import ArrayRecordReader
@@ -16,6 +16,7 @@ from ov2_jax.data.sources.readers.tar import TarReader
 from ov2_jax.data.sources.readers.tfds import TfdsReader
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Rows of one file; cheap to send to worker processes, safe to use from threads."""
 
