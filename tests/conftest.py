@@ -9,6 +9,8 @@ from pathlib import Path
 import jaxtyping
 import pytest
 
+from tests import typechecking
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true"
@@ -17,7 +19,7 @@ os.environ["XLA_FLAGS"] = (
 
 
 # Every call of these packages' functions is checked against its annotations, shapes included.
-jaxtyping.install_import_hook(["ov2_jax", "conversion"], "beartype.beartype")
+jaxtyping.install_import_hook(["ov2_jax", "conversion"], f"{typechecking.__name__}.check")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,10 +3,10 @@
 from ov2_jax.core.errors import ConfigError
 
 
-def check(owner: str, name: str, value: object, good: bool, remedy: str) -> None:
+def check_field(owner: str, name: str, value: object, good: bool, remedy: str) -> None:
     if not good:
         raise ConfigError(f"{owner}.{name} is {value!r}; it must be {remedy}.")
 
 
-def whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import PurePath
 
-from ov2_jax.config.checks import check, whole
+from ov2_jax.config.checks import check_field, is_whole
 from ov2_jax.config.codec import CodecConfig
 from ov2_jax.core.errors import ConfigError
 from ov2_jax.core.files import parent
@@ -56,7 +56,7 @@ class SourceConfig:
         object.__setattr__(self, "sources", tuple(self.sources))
 
         def check(name: str, good: bool, remedy: str) -> None:
-            check("source", name, getattr(self, name), good, remedy)
+            check_field("source", name, getattr(self, name), good, remedy)
 
         if self.sources:
             for name in ("path", "root", "format", "split"):
@@ -73,7 +73,7 @@ class SourceConfig:
         for name in ("weight", "epochs"):
             value = getattr(self, name)
             check(name, value is None or 0 < value < float("inf"), "a positive number or None")
-        check("cap", self.cap is None or (whole(self.cap) and self.cap > 0), "positive or None")
+        check("cap", self.cap is None or (is_whole(self.cap) and self.cap > 0), "positive or None")
         alone = self.weight is None or (self.epochs is None and self.cap is None)
         check("weight", alone, "None where epochs or cap is set: only one of them can rule")
 
@@ -96,7 +96,7 @@ class SourceConfig:
 def check_siblings(owner: str, sources: tuple[SourceConfig, ...]) -> None:
     """Raises ConfigError unless all are SourceConfigs, and all or none have a weight."""
     good = all(isinstance(source, SourceConfig) for source in sources)
-    check(owner, "sources", sources, good, "a sequence of SourceConfig")
+    check_field(owner, "sources", sources, good, "a sequence of SourceConfig")
     weights = [source.weight for source in sources]
     if None in weights and any(w is not None for w in weights):
         raise ConfigError(
@@ -156,15 +156,17 @@ class DataConfig:
         object.__setattr__(self, "sources", tuple(self.sources))
 
         def check(name: str, good: bool, remedy: str) -> None:
-            check("data", name, getattr(self, name), good, remedy)
+            check_field("data", name, getattr(self, name), good, remedy)
 
         check_siblings("data", self.sources)
         for name in ("min_pixels", "max_pixels", "max_frames", "lookahead", "reject_check_after"):
             value = getattr(self, name)
-            check(name, whole(value) and value > 0, "a positive whole number")
+            check(name, is_whole(value) and value > 0, "a positive whole number")
         for name in ("frame_min_pixels", "frame_max_pixels", "num_frames"):
             value = getattr(self, name)
-            check(name, value is None or (whole(value) and value > 0), "a positive number or None")
+            check(
+                name, value is None or (is_whole(value) and value > 0), "a positive number or None"
+            )
         check("max_pixels", self.max_pixels >= self.min_pixels, f"at least {self.min_pixels}")
         low, high = self.frame_pixels
         check("frame_max_pixels", high >= low, f"at least frame_min_pixels, {low}")
@@ -188,7 +190,7 @@ class DataConfig:
         )
         check(
             "num_workers",
-            whole(self.num_workers) and self.num_workers >= 0,
+            is_whole(self.num_workers) and self.num_workers >= 0,
             "0 (threads) or a number of processes",
         )
         check("decode_timeout_s", self.decode_timeout_s > 0, "a positive number of seconds")

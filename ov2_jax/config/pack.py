@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from ov2_jax.config.checks import check, whole
+from ov2_jax.config.checks import check_field, is_whole
 from ov2_jax.config.model import ModelConfig
 from ov2_jax.core.errors import ConfigError
 
@@ -22,12 +22,14 @@ class PackConfig:
         object.__setattr__(self, "vision_rows", classes)
         for name in ("rows", "seq_len"):
             value = getattr(self, name)
-            check("pack", name, value, whole(value) and value > 0, "a positive whole number")
+            check_field(
+                "pack", name, value, is_whole(value) and value > 0, "a positive whole number"
+            )
         for entry in classes:
-            good = len(entry) == 2 and all(whole(n) and n > 0 for n in entry)
-            check("pack", "vision_rows", classes, good, "pairs of (rows, patches in a row)")
+            good = len(entry) == 2 and all(is_whole(n) and n > 0 for n in entry)
+            check_field("pack", "vision_rows", classes, good, "pairs of (rows, patches in a row)")
         widths = [w for _, w in classes]
-        check(
+        check_field(
             "pack",
             "vision_rows",
             classes,
@@ -35,11 +37,11 @@ class PackConfig:
             "sorted by patches in a row, each length once",
         )
         limit = self.max_samples_per_row
-        check(
+        check_field(
             "pack",
             "max_samples_per_row",
             limit,
-            limit is None or (whole(limit) and limit > 0),
+            limit is None or (is_whole(limit) and limit > 0),
             "a positive whole number or None",
         )
 
