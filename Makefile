@@ -15,7 +15,7 @@ help:
 	@echo "make quickstart  install, write a small data set, train, evaluate and export a small model"
 	@echo "make test        install what the tests need and pass the tests"
 	@echo "make test-all    the same with the tests that take minutes"
-	@echo "make lint        ruff: rules and format"
+	@echo "make lint        ruff: rules and format; the direction of imports"
 	@echo "A Python of 3.11 or newer is needed; name one with PYTHON=python3.12."
 
 quickstart: .venv/installed
@@ -36,15 +36,17 @@ test-all: .venv/installed-test .venv-beam/installed
 lint: .venv/installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+	$(BIN)/python docs/packages.py --check
 
 # Apache Beam pins packages that training wants newer, so its test has an environment of its own.
-BEAM := .venv-beam/bin/python -m pytest tests/test_data_prepare.py -k beam
+BEAM := .venv-beam/bin/python -m pytest tests/data/prepare/test_prepare.py -k beam
 
 .venv-beam/installed: pyproject.toml .venv/installed
 	@echo "Installing Apache Beam into .venv-beam ..."
 	@$(PYTHON) -m venv .venv-beam
 	@.venv-beam/bin/python -m pip --disable-pip-version-check --quiet install --editable \
-	  '.[prepare]' psutil pytest
+	  '.[prepare]' beartype jaxtyping psutil pytest
 	@touch $@
 
 # Stamps: a second call installs nothing, a changed pyproject.toml or a broken-off install does.

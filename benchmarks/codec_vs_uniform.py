@@ -2,36 +2,38 @@
 
     python -m benchmarks.codec_vs_uniform --png=docs/codec_vs_uniform.png [--out=DIR]
 
-Clips of ten seconds (100 frames of 84 x 84, H.264) show a still, textured background; at a random
-time and place a shape is there for four frames. What colour was it, and in which second did it
-come? A picture of the clip's size is nine tokens, so a budget of 9 k vision tokens is
+Clips of ten seconds (100 frames of 84 x 84, H.264) show a still, textured background. At a random
+time and place a shape is there for four frames. The questions: what colour was it, and in which
+second did it come? A picture of the clip's size is nine tokens, so a budget of 9 n vision tokens is
 
-    uniform  k frames, from the first to the last
-    codec    one group of k canvases over all 100 frames: the anchor whole, and the 9 (k - 1) most
+    uniform  n frames, from the first to the last
+    codec    one group of n canvases over all 100 frames: the anchor whole, and the 9 (n - 1) most
              expensive blocks of the other 99 frames
 
-Each seed first trains a base model of 0.8 million parameters on clips of four frames, all of
-which it sees, with `ov2_jax.train`: it learns to look and to read times, from uniform frames. From
-there every input and budget goes on alone, with equal clips, order, steps and learning rate, and
-answers held-out questions by greedy generation; exact match counts. Without the base, uniform
-frames would have to learn to look from the few clips in which they hit the event.
+Each seed first trains a base model of 0.8 million parameters with `ov2_jax.train`, on clips of four
+frames, all of which it sees. It learns to find the shape and to read times, from uniform frames.
+From there every input and budget continues alone, with equal clips, order, steps and learning rate,
+and answers held-out questions by greedy generation; the score is exact match. Without the base, a
+model with uniform frames would have to learn all that from the few clips whose event is in one of
+its frames.
 
-Model, optimizer, train step, sample encoder, packing and generation are the package's; clips are
+Model, optimizer, train step, sample encoder, packing and generation are the package's. Clips are
 encoded once for every input and budget and kept in memory. Prints the table of means, and draws the
-curves (extra `dev`). Every finished run is a file in --out/results: run again, it goes on with
-those that are missing.
+curves (extra `dev`). Every finished run is a file in --out/results; the same command continues with
+the runs that are missing.
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
+from absl import flags, logging
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks.codec_vs_uniform_clips import BASE_FRAMES, FRAME_TOKENS, FRAMES, SPLITS, write_clips
@@ -48,7 +50,9 @@ from ov2_jax.config.data import DataConfig
 from ov2_jax.config.experiment import Experiment
 from ov2_jax.config.optimizer import OptimizerConfig
 from ov2_jax.config.pack import PackConfig
-from ov2_jax.data.encoding.tokenizer import load_tokenizer
+from ov2_jax.core.batch import Batch
+from ov2_jax.core.program import Given, run
+from ov2_jax.data.encoding.tokenizer import Tokenizer, load_tokenizer
 from ov2_jax.data.packing.build import build_pack
 from ov2_jax.data.packing.placement import Placement, place_pack
 from ov2_jax.data.sample import EncodedSample, SampleSize
@@ -57,7 +61,8 @@ from ov2_jax.generation.generator import Generator, Sampling
 from ov2_jax.quickstart import TOKENIZER
 from ov2_jax.sharding.mesh import MeshConfig, make_mesh
 from ov2_jax.train import train
-from ov2_jax.training.start import first_state, model_graph
+from ov2_jax.training.program import model_graph
+from ov2_jax.training.start import first_state
 from ov2_jax.training.step import make_train_step
 
 BUDGETS, SEEDS = (18, 36, 72, 144), (0, 1, 2)
@@ -66,7 +71,7 @@ EVAL_BATCH = 40
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What all runs of a folder share."""
+    """The settings that all runs of a folder share."""
 
     base_clips: int = 2000
     train_clips: int = 800
@@ -84,7 +89,7 @@ QUICK = Settings(base_clips=400, train_clips=160, heldout_clips=40, base_steps=5
 
 
 def experiment_of(
-    data: DataConfig, pack: PackConfig, steps: int, settings: Settings, **fields
+    data: DataConfig, pack: PackConfig, steps: int, settings: Settings, **fields: Any
 ) -> Experiment:
     return Experiment(
         model=model_config(),
@@ -119,8 +124,8 @@ def base_experiment(out: Path, settings: Settings, seed: int) -> Experiment:
     )
 
 
-def chosen(samples: list[EncodedSample], batch: int, seed: int):
-    """Endless batches, in an order that follows from the seed alone."""
+def chosen(samples: list[EncodedSample], batch: int, seed: int) -> Iterator[list[EncodedSample]]:
+    """Endless batches, in an order that depends only on the seed."""
     epoch = 0
     while True:
         order = np.random.default_rng([seed, epoch]).permutation(len(samples))
@@ -133,11 +138,11 @@ def placed(samples: list[EncodedSample], pack: PackConfig) -> list[Placement]:
     return place_pack([SampleSize(len(s.tokens), tuple(s.windows.tolist())) for s in samples], pack)
 
 
-def pack_of(samples: list[EncodedSample], settings: Settings, seeds) -> PackConfig:
+def pack_of(samples: list[EncodedSample], settings: Settings, seeds: Sequence[int]) -> PackConfig:
     """The fewest text rows that hold every batch of all seeds whole; one window a vision row.
 
-    Some codec clips have three times the usual tokens, as every run of equal time has its stamp:
-    with a row for each sample most of the work would be padding.
+    Some codec clips have three times the usual tokens, because every run of equal time has its own
+    timestamp. With a row for each sample most of the work would be padding.
     """
     longest, windows = max(len(s.tokens) for s in samples), samples[0].windows
     batch = settings.batch
@@ -155,8 +160,8 @@ def pack_of(samples: list[EncodedSample], settings: Settings, seeds) -> PackConf
     return pack
 
 
-def batches(samples: list[EncodedSample], experiment: Experiment, batch: int):
-    """Device batches [1 1 ...]; each is a pack."""
+def batches(samples: list[EncodedSample], experiment: Experiment, batch: int) -> Iterator[Batch]:
+    """Device batches of one micro-step (A = 1) and one pack (G = 1)."""
     pack = experiment.pack
     for some in chosen(samples, batch, experiment.seed):
         arrays, _ = build_pack(some, placed(some, pack), pack, experiment.model)
@@ -175,8 +180,15 @@ def answer(generator: Generator, encoded: Encoded) -> list[Answer]:
     return answers
 
 
-def run(encoded: Encoded, experiment: Experiment, batch: int, train_step, tokenizer, tick) -> dict:
-    """Trains a base model further and asks it; `tick` is called after every step."""
+def train_and_ask(
+    encoded: Encoded,
+    experiment: Experiment,
+    batch: int,
+    train_step: Callable[..., Any],
+    tokenizer: Tokenizer,
+    tick: Callable[[float], None],
+) -> dict[str, Any]:
+    """Trains a base model further and asks it; `tick` gets the loss after every step."""
     start = time.perf_counter()
     state = first_state(experiment, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]))
     losses = []
@@ -210,22 +222,30 @@ def write_json(path: Path, value: object) -> None:
 
 
 def claim(out: Path, settings: Settings) -> None:
-    """Makes the folder this benchmark's, or sees that it is: results of other settings in one
-    curve would be worth nothing."""
+    """Makes the folder this benchmark's, or checks that it is.
+
+    Results of different settings in one curve would be worth nothing. Raises BenchmarkError.
+    """
     marker, ours = out / "settings.json", dataclasses.asdict(settings)
     if marker.exists():
         found = json.loads(marker.read_text())
         if found != ours:
-            raise BenchmarkError(
-                f"{out} holds runs of {found}, not of {ours}; choose another --out."
-            )
+            raise BenchmarkError(f"{out} has runs of {found}, not of {ours}; choose another --out.")
     elif out.exists() and any(out.iterdir()):
         raise BenchmarkError(f"{out} is not empty and not of this benchmark; choose another --out.")
     else:
         write_json(marker, ours)
 
 
-def run_case(out: Path, settings: Settings, video: str, budget: int, seeds, tokenizer, tick):
+def run_case(
+    out: Path,
+    settings: Settings,
+    video: str,
+    budget: int,
+    seeds: Sequence[int],
+    tokenizer: Tokenizer,
+    tick: Callable[[float], None],
+) -> Iterator[dict[str, Any]]:
     """Yields the results of one input and budget; encodes and compiles once for all seeds."""
     encoded = encode(out / "clips", video, budget, model_config(), tokenizer)
     pack = pack_of(encoded.train, settings, seeds)
@@ -249,12 +269,14 @@ def run_case(out: Path, settings: Settings, video: str, budget: int, seeds, toke
     for seed in seeds:
         start_from = str(out / f"base-{seed}")
         one = dataclasses.replace(experiment, seed=seed, init_from=start_from)
-        result = run(encoded, one, settings.batch, train_step, tokenizer, tick)
+        result = train_and_ask(encoded, one, settings.batch, train_step, tokenizer, tick)
         yield {"input": video, "budget": budget, "seed": seed, **result}
 
 
-def run_all(out: Path, settings: Settings, budgets, seeds) -> list[dict]:
-    """Every run that has no result yet; returns the results of all that were asked for."""
+def run_all(
+    out: Path, settings: Settings, budgets: Sequence[int], seeds: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Does every run that has no result yet; returns the results of all runs."""
     claim(out, settings)
     cases = [(video, budget) for budget in budgets for video in INPUTS]
     left = {case: [s for s in seeds if not result_path(out, *case, s).exists()] for case in cases}
@@ -263,7 +285,7 @@ def run_all(out: Path, settings: Settings, budgets, seeds) -> list[dict]:
         write_clips(out / "clips", {s: getattr(settings, f"{s}_clips") for s in SPLITS})
     for seed in sorted({seed for some in left.values() for seed in some}):
         if train(base_experiment(out, settings, seed)) < settings.base_steps:
-            raise BenchmarkError("stopped; run the same command to go on.")
+            raise BenchmarkError("The run stopped; run the same command to continue.")
     tokenizer = load_tokenizer(TOKENIZER, model_config())
     columns = (
         TextColumn("{task.description}"),
@@ -272,7 +294,7 @@ def run_all(out: Path, settings: Settings, budgets, seeds) -> list[dict]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, speed_estimate_period=120, transient=True) as progress:
-        # A step's time grows with its tokens, so they are what is left to do.
+        # A step's time grows with its tokens, so the bar counts tokens.
         work = sum(budget * settings.steps * len(some) for (_, budget), some in left.items())
         bar, last = progress.add_task("", total=work, rate=0.0), time.perf_counter()
         for (video, budget), some in left.items():
@@ -292,41 +314,41 @@ def run_all(out: Path, settings: Settings, budgets, seeds) -> list[dict]:
     ]
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list such as 0,1,2") from error
+def _define_flags() -> None:
+    flags.DEFINE_string("out", "runs/codec_vs_uniform", "The folder of clips, models and results.")
+    flags.DEFINE_string("png", None, "The figure to write; none unless set.")
+    flags.DEFINE_list("budgets", [str(b) for b in BUDGETS], "Vision tokens a clip.")
+    flags.DEFINE_list("seeds", [str(s) for s in SEEDS], "One base model each.")
+    flags.DEFINE_bool("quick", False, "A few steps on a few clips, to see it run.")
 
 
-def main(argv: list[str] | None = None) -> list[dict]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/codec_vs_uniform"), help="clips, models, results")
-    add("--png", type=Path, help="where the figure is written; none without it")
-    add("--budgets", type=numbers, default=BUDGETS, help="vision tokens a clip (18,36,72,144)")
-    add("--seeds", type=numbers, default=SEEDS, help="0,1,2")
-    add("--quick", action="store_true", help="a few steps on a few clips, to see it run")
-    args = parser.parse_args(argv)
-    logging.set_verbosity(logging.ERROR)  # Orbax tells its whole life at INFO
+def numbers(flag: str, texts: Sequence[str]) -> tuple[int, ...]:
     try:
-        for budget in args.budgets:
-            if budget % FRAME_TOKENS or not 2 <= budget // FRAME_TOKENS <= FRAMES:
-                raise BenchmarkError(
-                    f"--budgets has {budget}; a budget must be {FRAME_TOKENS} (one frame) times 2 "
-                    f"to {FRAMES}."
-                )
-        if min(args.seeds) < 0:
-            raise BenchmarkError(f"--seeds has {min(args.seeds)}; seeds are 0 or more.")
-        results = run_all(args.out, QUICK if args.quick else Settings(), args.budgets, args.seeds)
-        print(table(results))
-        print(f"{sum(r['seconds'] for r in results) / 60:.1f} minutes in {len(results)} runs")
-        if args.png:
-            plot(results, args.png)
-    except BenchmarkError as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
-    return results
+        found = tuple(sorted({int(text) for text in texts}))
+    except ValueError:
+        found = ()
+    if not found:
+        given = ",".join(texts)
+        raise BenchmarkError(f"--{flag} is {given!r}; it must be a list such as 0,1,2.")
+    return found
+
+
+def main(given: Given) -> None:
+    budgets, seeds = numbers("budgets", given.budgets), numbers("seeds", given.seeds)
+    for budget in budgets:
+        if budget % FRAME_TOKENS or not 2 <= budget // FRAME_TOKENS <= FRAMES:
+            raise BenchmarkError(
+                f"--budgets has {budget}; a budget must be {FRAME_TOKENS} (one frame) times 2 "
+                f"to {FRAMES}."
+            )
+    if min(seeds) < 0:
+        raise BenchmarkError(f"--seeds has {min(seeds)}; seeds are 0 or more.")
+    results = run_all(Path(given.out), QUICK if given.quick else Settings(), budgets, seeds)
+    print(table(results))
+    print(f"{sum(r['seconds'] for r in results) / 60:.1f} minutes in {len(results)} runs")
+    if given.png:
+        plot(results, Path(given.png))
 
 
 if __name__ == "__main__":
-    main()
+    run(main, _define_flags, verbosity=logging.ERROR)  # Orbax logs every action at INFO

@@ -1,4 +1,4 @@
-"""The clips of codec_vs_uniform.py: a still scene in which something is there for a moment."""
+"""The clips of codec_vs_uniform.py: a still scene in which a shape is there for a moment."""
 
 import json
 import shutil
@@ -23,15 +23,15 @@ SIDE = GRID * CELL
 FRAME_TOKENS = GRID * GRID
 FRAMES, RATE = 100, Fraction(10)
 EVENT_FRAMES = 4
-SECONDS = range(1, 10)  # the first frame, which both inputs always see, never shows the event
+SECONDS = range(1, 10)  # the first frame, which both inputs always have, never shows the event
 CHANCE = {"what": 1 / len(COLOURS), "when": 1 / len(SECONDS)}
 BASE_FRAMES = 4
-# Times between frames of the base model's clips: a frame's place does not tell its second.
+# Times between frames of the base model's clips, so that a frame's place does not give its second.
 BASE_SECONDS = tuple(Fraction(n, 10) for n in (10, 13, 16, 19, 22, 25, 28, 30, 32))
 
 
 class Event(NamedTuple):
-    """What a clip shows beside its background."""
+    """What a clip shows in addition to its background."""
 
     colour: str
     first: int  # frame
@@ -61,7 +61,7 @@ def make_clip(split: str, number: int) -> tuple[Clip, Event]:
         rate, count, length = 1 / BASE_SECONDS[rng.integers(len(BASE_SECONDS))], BASE_FRAMES, 1
         first = int(rng.integers(1, count))
     else:
-        # Wholly within a second: every frame of it then tells the same answer.
+        # Wholly within a second, so that every frame of it gives the same answer.
         rate, count, length = RATE, FRAMES, EVENT_FRAMES
         first = int(rng.choice(SECONDS) * RATE + rng.integers(RATE - EVENT_FRAMES + 1))
     frames = [shown if 0 <= n - first < length else still for n in range(count)]
@@ -69,7 +69,7 @@ def make_clip(split: str, number: int) -> tuple[Clip, Event]:
 
 
 def _lines(split: str, number: int, rate: Fraction, event: Event) -> list[str]:
-    """Held-out questions stand alone; in training a clip's two follow each other, either first."""
+    """Held-out questions are samples of their own; in training a clip's two share a sample."""
     answers = {"what": event.colour, "when": str(event.second)}
     turns = {t: [("human", QUESTIONS[t]), ("gpt", answer)] for t, answer in answers.items()}
     first, second = TASKS if number % 2 else TASKS[::-1]
@@ -93,7 +93,10 @@ def _lines(split: str, number: int, rate: Fraction, event: Event) -> list[str]:
 
 
 def write_clips(folder: Path, counts: Mapping[str, int]) -> None:
-    """SPLIT.jsonl and SPLIT/*.mp4, so many clips of each split; complete once `folder` is there."""
+    """Writes SPLIT.jsonl and SPLIT/*.mp4, `counts` clips of each split.
+
+    `folder` exists only when it is complete.
+    """
     if folder.exists():
         return
     part = folder.with_name(folder.name + ".part")
@@ -114,5 +117,5 @@ def write_clips(folder: Path, counts: Mapping[str, int]) -> None:
 
 
 def read_events(jsonl: Path) -> list[Event]:
-    """What happens in the clip of every line."""
+    """The event in the clip of every line."""
     return [Event(*json.loads(line)["event"]) for line in jsonl.read_text().splitlines()]

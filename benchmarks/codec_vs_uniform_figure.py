@@ -1,4 +1,4 @@
-"""What codec_vs_uniform.py found, as a table and as a figure."""
+"""The results of codec_vs_uniform.py as a table and as a figure."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.codec_vs_uniform_clips import CHANCE, TASKS
+from benchmarks.codec_vs_uniform_input import BenchmarkError
 
 INPUTS = ("codec", "uniform")
 
@@ -27,7 +28,7 @@ def points(results: list[dict], video: str, task: str) -> dict[int, Point]:
 
 
 def table(results: list[dict]) -> str:
-    """Markdown: means over seeds, and their range where it is any."""
+    """Markdown: means over seeds, and their range if it is not 0."""
 
     def cell(point: Point) -> str:
         if round(point.high - point.low, 2) == 0:
@@ -52,11 +53,14 @@ def table(results: list[dict]) -> str:
 
 
 def plot(results: list[dict], png: Path) -> None:
-    """One panel a question: mean and range over seeds, chance, and what uniform frames allow."""
+    """One panel a question: mean and range over seeds, chance, and the limit of uniform frames.
+
+    Raises BenchmarkError without matplotlib.
+    """
     try:
         import matplotlib
     except ImportError as error:
-        raise SystemExit(
+        raise BenchmarkError(
             "The figure needs matplotlib: pip install 'ov2_jax[dev]', or leave --png out."
         ) from error
     matplotlib.use("Agg")
@@ -109,7 +113,7 @@ def plot(results: list[dict], png: Path) -> None:
     panels[0].set_ylabel("exact match, held-out clips")
     part = png.with_name(png.name + ".part")
     png.parent.mkdir(parents=True, exist_ok=True)
-    # Without the version in it, the same results give the same file.
+    # Without matplotlib's version in it, the same results give the same file.
     figure.savefig(part, dpi=140, format="png", metadata={"Software": None})
     pyplot.close(figure)
     part.replace(png)

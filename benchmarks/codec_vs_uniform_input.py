@@ -1,4 +1,4 @@
-"""What the models of codec_vs_uniform.py are, and what they get to see."""
+"""The models of codec_vs_uniform.py, and the samples that they get."""
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
@@ -17,17 +17,20 @@ from benchmarks.codec_vs_uniform_clips import (
 )
 from ov2_jax.config.data import DataConfig, SourceConfig
 from ov2_jax.config.model import ModelConfig, TextConfig, VisionConfig
-from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.core.errors import UserError
+from ov2_jax.data.encoding.sample_encoder import SampleEncoder
+from ov2_jax.data.encoding.tokenizer import Tokenizer
 from ov2_jax.data.rejected import Rejected
 from ov2_jax.data.sample import EncodedSample
 from ov2_jax.data.sources.index import RecordSource
-from ov2_jax.data.sources.records import parse_record
+from ov2_jax.data.sources.parsing import parse_record
+from ov2_jax.data.sources.records import RawRecord
 from ov2_jax.evaluation.exact_match import Answer
 from ov2_jax.quickstart.drawing import CELL
 
 
-class BenchmarkError(ValueError):
-    """Options that cannot work, or a folder that holds something else."""
+class BenchmarkError(UserError):
+    """Flags that cannot work, or a folder with something else in it."""
 
 
 def model_config() -> ModelConfig:
@@ -82,28 +85,30 @@ def data_config(jsonl: Path, video: str, budget: int) -> DataConfig:
 
 
 class Encoded(NamedTuple):
-    """A data set as an input and a budget show it."""
+    """A data set encoded for one input and budget."""
 
     train: list[EncodedSample]
     prompts: list[EncodedSample]
-    expected: list[Answer]  # without what was got
+    expected: list[Answer]  # `got` is still missing
     shown: float  # share of the held-out clips in whose tokens the event is
 
 
 def shows_event(sample: EncodedSample, event: Event) -> bool:
-    """Whether a patch of the event's cells and time is among a sample's."""
+    """Whether a patch of the event's cells and time is in the sample."""
     t, row, column = sample.patch_positions.T
     row, column = row // 2 - event.cell[0], column // 2 - event.cell[1]
     there = (row >= 0) & (row <= 1) & (column >= 0) & (column <= 1)
     return bool((there & (t >= event.first) & (t < event.first + EVENT_FRAMES)).any())
 
 
-def encode(folder: Path, video: str, budget: int, model: ModelConfig, tokenizer) -> Encoded:
-    """Every sample of both splits, each decoded once."""
+def encode(
+    folder: Path, video: str, budget: int, model: ModelConfig, tokenizer: Tokenizer
+) -> Encoded:
+    """Every sample of both splits, each decoded once. Raises BenchmarkError."""
     data = data_config(folder / "train.jsonl", video, budget)
     encoder = SampleEncoder(data, model, tokenizer)
 
-    def prompt(raw) -> tuple[EncodedSample, Answer]:
+    def prompt(raw: RawRecord) -> tuple[EncodedSample, Answer]:
         record = parse_record(raw)
         *question, answer = record.messages
         sample = encoder.encode_prompt(
@@ -119,10 +124,10 @@ def encode(folder: Path, video: str, budget: int, model: ModelConfig, tokenizer)
     prompts, expected = zip(*asked, strict=True)
     for sample in (*train, *prompts):
         if isinstance(sample, Rejected):
-            raise BenchmarkError(f"{sample.file} line {sample.line}: {sample.detail}")
+            raise BenchmarkError(f"{sample.file}, line {sample.line}: {sample.detail}")
         tokens = int(np.count_nonzero(sample.tokens == model.image_token_id))
         if tokens != budget or sample.uniform_fallbacks:
-            raise BenchmarkError(f"a {video} sample has {tokens} vision tokens, not {budget}.")
+            raise BenchmarkError(f"A {video} sample has {tokens} vision tokens, not {budget}.")
     events = read_events(folder / "heldout.jsonl")
     shown = np.mean([shows_event(s, e) for s, e in zip(prompts, events, strict=True)])
     return Encoded(train, list(prompts), list(expected), float(shown))

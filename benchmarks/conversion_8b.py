@@ -3,12 +3,11 @@
     python benchmarks/conversion_8b.py --dir=/big/disk [--size=8b] [--keep]
 
 Makes a Hugging Face folder of random bfloat16 bits, converts it to Orbax and back in processes of
-their own, samples those processes' anonymous memory (RssAnon: what the kernel cannot drop; mapped
-files are not in it), and compares every tensor bit by bit. 8b is 17.05 GB, and three copies of it
-lie in --dir at the end; they are removed unless --keep is given.
+their own, samples the anonymous memory of these processes (RssAnon: memory that the kernel cannot
+drop; mapped files are not in it), and compares every tensor bit by bit. 8b is 17.05 GB, and --dir
+needs room for three copies of it; they are removed at the end unless --keep is given.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -18,6 +17,7 @@ import sys
 import time
 
 import numpy as np
+from absl import flags
 
 from conversion.formats.safetensors_io import (
     SafetensorsFolder,
@@ -28,6 +28,7 @@ from conversion.formats.safetensors_io import (
 from conversion.keys import key_table, parameter_count
 from ov2_jax.config.hf import model_config_to_hf
 from ov2_jax.config.sizes import SIZES, model_config
+from ov2_jax.core.program import Given, run
 
 PIECE = 64 * 2**20  # bytes made or compared at a time
 
@@ -58,7 +59,7 @@ def anonymous_bytes(pid: int) -> int:
     return int(status.split("RssAnon:")[1].split()[0]) * 1024 if "RssAnon:" in status else 0
 
 
-def run(module: str, src: pathlib.Path, dst: pathlib.Path) -> tuple[float, float, int]:
+def run_conversion(module: str, src: pathlib.Path, dst: pathlib.Path) -> tuple[float, float, int]:
     """Runs a conversion; returns its seconds, the seconds until all is on disk, and peak bytes."""
     os.sync()
     start = time.monotonic()
@@ -75,7 +76,7 @@ def run(module: str, src: pathlib.Path, dst: pathlib.Path) -> tuple[float, float
 
 
 def differing(a: pathlib.Path, b: pathlib.Path) -> list[str]:
-    """Names of the tensors that are not the same in name, dtype, shape and bits."""
+    """Names of the tensors that differ in dtype, shape or bits, or that one folder lacks."""
     one, two = SafetensorsFolder(a), SafetensorsFolder(b)
     wrong = sorted(one.tensors.keys() ^ two.tensors.keys())
     for name in one.tensors.keys() & two.tensors.keys():
@@ -91,23 +92,24 @@ def differing(a: pathlib.Path, b: pathlib.Path) -> list[str]:
     return wrong
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dir", required=True, help="where to work; needs 3 times the model")
-    parser.add_argument("--size", choices=SIZES, default="8b")
-    parser.add_argument("--keep", action="store_true", help="leave the folders there")
-    args = parser.parse_args()
-    root = pathlib.Path(args.dir) / f"conversion_{args.size}"
+def _define_flags() -> None:
+    flags.DEFINE_string("dir", None, "Where to work; needs room for 3 models.", required=True)
+    flags.DEFINE_enum("size", "8b", list(SIZES), "The model's size.")
+    flags.DEFINE_bool("keep", False, "Leave the folders there.")
+
+
+def main(given: Given) -> int:
+    root = pathlib.Path(given.dir) / f"conversion_{given.size}"
     hf, orbax, back = root / "hf", root / "orbax", root / "back"
     try:
         start = time.monotonic()
-        nbytes = make(hf, args.size)
-        print(f"{args.size}: {nbytes / 1e9:.2f} GB made in {time.monotonic() - start:.0f} s")
+        nbytes = make(hf, given.size)
+        print(f"{given.size}: {nbytes / 1e9:.2f} GB made in {time.monotonic() - start:.0f} s")
         for module, src, dst in (
             ("conversion.from_hf", hf, orbax),
             ("conversion.to_hf", orbax, back),
         ):
-            seconds, synced, peak = run(module, src, dst)
+            seconds, synced, peak = run_conversion(module, src, dst)
             print(
                 f"{module}: {seconds:.0f} s ({nbytes / seconds / 1e9:.2f} GB/s), on disk after "
                 f"{synced:.0f} s; peak RssAnon {peak / 2**30:.2f} GiB"
@@ -116,11 +118,11 @@ def main() -> None:
         print(f"Orbax checkpoint: {files} files")
         wrong = differing(hf, back)
         print("bit-identical: " + (f"NO, {wrong}" if wrong else "every tensor"))
-        sys.exit(bool(wrong))
+        return 1 if wrong else 0
     finally:
-        if not args.keep:
+        if not given.keep:
             shutil.rmtree(root, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    main()
+    run(main, _define_flags)

@@ -1,21 +1,20 @@
-"""How fast pictures, clips and packed rows are made on the host.
+"""How fast the host makes pictures, clips and packed rows.
 
     python benchmarks/loader_throughput.py [--parts=images,clips,rows] [--rounds=5]
 
-Makes its own JPEGs and H.264 clips, of a texture as noisy as photographs, in a temporary folder and
-prints one JSON line a measurement.
+Makes its own JPEGs and H.264 clips in a temporary folder, of a texture as noisy as photographs, and
+prints a JSON line for each measurement.
 
-images  the road of a training sample (file, decode, resize, patches, tokens) against transformers'
-        Qwen-VL processor on the same files; pixels are compared first.
-clips   16 uniform frames, and codec-style reading, against PyAV decoding to RGB and nothing else.
+images  the pipeline of a training sample (file, decode, resize, patches, tokens) against
+        transformers' Qwen-VL processor on the same files; pixels are compared first.
+clips   16 uniform frames, and codec-style reading, against PyAV that only decodes to RGB.
 rows    the whole loader with pictures, clips and text, with threads and with worker processes.
 
-Two sides of a ratio alternate file by file, those of `images` in a process each, and a file counts
-with its median round, in CPU time (all threads of the process) and wall time. So a ratio holds on a
-busy machine too, seconds and the rates of worker processes only on a quiet one.
+The two sides of a ratio alternate file by file; those of `images` have a process each. Each file
+counts with its median round, in CPU time (all threads of the process) and wall time. So ratios are
+right on a busy machine too; seconds and the rates of worker processes are right on a quiet one.
 """
 
-import argparse
 import json
 import math
 import multiprocessing
@@ -29,16 +28,19 @@ from typing import Any
 
 import av
 import numpy as np
+from absl import flags
 from PIL import Image
 
 from ov2_jax.config.data import DataConfig, SourceConfig
 from ov2_jax.config.model import ModelConfig, TextConfig, VisionConfig
 from ov2_jax.config.pack import PackConfig
+from ov2_jax.core.program import Given, run
+from ov2_jax.data.encoding.clip_reader import DECODER_THREADS
 from ov2_jax.data.encoding.codec import CodecConfig, read_codec_clip
-from ov2_jax.data.encoding.encode import SampleEncoder
 from ov2_jax.data.encoding.images import smart_resize
+from ov2_jax.data.encoding.sample_encoder import SampleEncoder
 from ov2_jax.data.encoding.tokenizer import load_tokenizer
-from ov2_jax.data.encoding.video import DECODER_THREADS, Sampling, read_clip, select_frames
+from ov2_jax.data.encoding.video import FrameSampling, read_clip, select_frames
 from ov2_jax.data.loader.loader import make_loader
 from ov2_jax.quickstart import TOKENIZER
 
@@ -52,11 +54,12 @@ SIZES = {  # (height, width)
 }
 CLIPS = {"720p 10 s": (720, 1280, 300), "360p 30 s": (360, 640, 900)}
 FPS, FRAMES = 30, 16
+PARTS = ["images", "clips", "rows"]
 QUESTION = [{"role": "user", "content": "<image>\nWhat is here?"}]
 
 
 def texture(height: int, width: int, seed: int) -> Image.Image:
-    """Noise in octaves: a JPEG of quality 90 has about 2.5 bits a pixel, as photographs do."""
+    """Noise in octaves: its JPEG of quality 90 has about 2.5 bits a pixel, like photographs."""
     rng = np.random.default_rng(seed)
     pixels = np.full((height, width, 3), 128, np.float32)
     for size, strength in ((1, 4), (2, 6), (4, 10), (16, 25), (64, 40), (256, 60)):
@@ -77,7 +80,7 @@ def write_jpegs(folder: pathlib.Path, sizes: Iterable[tuple[int, int]]) -> list[
 
 
 def write_clip(path: pathlib.Path, height: int, width: int, frames: int) -> str:
-    """A camera that moves over a texture, a part of another that moves over it, and its grain."""
+    """A camera that moves over a texture, a piece of another one that moves too, and grain."""
     ground = np.asarray(texture(height + 256, width + 256, 1))
     thing = np.asarray(texture(height // 4, width // 4, 2))
     rng = np.random.default_rng(0)
@@ -121,7 +124,7 @@ def alternate(
 
 
 class Apart:
-    """A side in a process of its own: what one leaves of the heap would speed up the other."""
+    """A side in a process of its own: the heap that one side leaves would speed up the other."""
 
     def __init__(self, make: Callable[[], Callable[[str], object]]) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -150,7 +153,7 @@ def report(**values: object) -> None:
 
 
 def small_model() -> ModelConfig:
-    """Patches and windows as in the released models; nothing is computed with it."""
+    """Patches and windows are those of the released models; nothing is computed with it."""
     sizes = {"intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
     return ModelConfig(
         vision=VisionConfig(hidden_size=32, out_hidden_size=32, **sizes),
@@ -245,7 +248,7 @@ def bench_clips(folder: pathlib.Path, rounds: int) -> None:
         numbers = select_frames(frames, FRAMES)
         sides = {
             "uniform": lambda file: read_clip(
-                file, Sampling(FRAMES, None, FRAMES), timeout_s=600, target_size=target_size
+                file, FrameSampling(FRAMES, None, FRAMES), timeout_s=600, target_size=target_size
             ),
             "codec": lambda file: read_codec_clip(file, config, timeout_s=600),
             "pyav_same": lambda file, numbers=numbers: to_rgb(file, numbers),
@@ -338,27 +341,32 @@ def bench_rows(folder: pathlib.Path, rounds: int, workers: list[int], steps: int
         report(part="rows", workers=count, **rates, filled=values["filled"], **against)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--parts", default="images,clips,rows")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workers", default="0,1,2", help="numbers of worker processes to compare")
-    parser.add_argument("--steps", type=int, default=12, help="steps a measurement of rows")
-    args = parser.parse_args()
+def _define_flags() -> None:
+    flags.DEFINE_list("parts", PARTS, "Parts to measure.")
+    flags.register_validator(
+        "parts", lambda parts: set(parts) <= set(PARTS), f"The parts are {', '.join(PARTS)}."
+    )
+    flags.DEFINE_integer("rounds", 5, "Rounds of each measurement.", lower_bound=1)
+    flags.DEFINE_list("workers", ["0", "1", "2"], "Numbers of worker processes to compare.")
+    flags.register_validator(
+        "workers", lambda workers: all(n.isdigit() for n in workers), "These are whole numbers."
+    )
+    flags.DEFINE_integer("steps", 12, "Steps of a measurement of rows.", lower_bound=1)
+
+
+def main(given: Given) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
-        for part in args.parts.split(","):
+        for part in given.parts:
             (root / part).mkdir()
-            if part == "images":
-                bench_images(root / part, args.rounds)
-            elif part == "clips":
-                bench_clips(root / part, args.rounds)
-            elif part == "rows":
-                workers = [int(n) for n in args.workers.split(",")]
-                bench_rows(root / part, args.rounds, workers, args.steps)
-            else:
-                parser.error(f"--parts has {part!r}; it knows images, clips and rows")
+        if "images" in given.parts:
+            bench_images(root / "images", given.rounds)
+        if "clips" in given.parts:
+            bench_clips(root / "clips", given.rounds)
+        if "rows" in given.parts:
+            workers = [int(n) for n in given.workers]
+            bench_rows(root / "rows", given.rounds, workers, given.steps)
 
 
 if __name__ == "__main__":
-    main()
+    run(main, _define_flags)

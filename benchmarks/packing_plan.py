@@ -1,14 +1,14 @@
-"""How well and how quickly a corpus is packed: data/plan.py against two baselines.
+"""How full packs are and how fast a corpus is planned: plan_packs against two baselines.
 
     python benchmarks/packing_plan.py [--samples=1000000] [--cases=text,recipe,...] [--rounds=3]
 
-Prints one JSON line a case: `text`, where tokens bind; `recipe`, the mix with the rows of
-configs/instruct_8b.py; `tight`, with fewer patches than a full text row of the mix brings, so that
-vision binds; `proposed`, with the rows that propose_vision_rows wants for the mix. `seconds` and
-`cpu_seconds` are one process' on one core, and alike where nothing else runs. `class_fill` and
-`packs_whose_windows_do_not_fit` (best-fit-decreasing looks at tokens only) are of a thousand packs;
-`max_over_mean` is the busiest of the 128 packs of a step against the mean of them, as the mean over
-steps.
+Prints a JSON line for each case. In `text` tokens run out first. `recipe` is the mix with the
+vision rows of configs/instruct_8b.py. `tight` has fewer patches than a full text row of the mix
+needs, so patches run out first. `proposed` has the rows that propose_vision_rows returns for the
+mix. `seconds` and `cpu_seconds` are those of one process on one core, and equal if nothing else
+runs. `class_fill` and `packs_whose_windows_do_not_fit` (best-fit-decreasing looks at tokens only)
+are of a thousand packs. `max_over_mean` divides the busiest of the 128 packs of a step by their
+mean, and is the mean over steps.
 
 The lengths are made up, from one seed, to follow the recipes' corpora (85 M image-text pairs, 46 M
 instruction samples and documents, 8 M clips) with patch 14 and merge 2. Log-normal numbers are
@@ -28,23 +28,25 @@ instruction samples and documents, 8 M clips) with patch 14 and merge 2. Log-nor
 The text case has 35 % pairs, 50 % chats and 15 % documents, with pictures a third as large.
 """
 
-import argparse
 import json
 import time
 from bisect import bisect_left, insort
 
 import numpy as np
+from absl import flags
 
 from ov2_jax.config.pack import PackConfig
-from ov2_jax.data.packing.placement import Pack, place_pack, runs_of
+from ov2_jax.core.program import Given, run
+from ov2_jax.data.packing.placement import PackSpace, place_pack, runs_of
 from ov2_jax.data.packing.planning import Lengths, plan_packs
 from ov2_jax.data.packing.vision_rows import propose_vision_rows
 from ov2_jax.data.sample import SampleSize
 
 SEQ_LEN = 32768  # 8B mid-training
 RECIPE = ((17, 4096), (5, 8192))  # configs/instruct_8b.py: 110592 patches
-TIGHT = ((10, 9472),)  # 94720 patches; a full text row of the mix brings 96000
+TIGHT = ((10, 9472),)  # 94720 patches; a full text row of the mix needs 96000
 STEP = 128  # packs of a step of 8B mid-training
+CASES = ["text", "recipe", "proposed", "tight"]
 
 
 # --- lengths --------------------------------------------------------------------------------------
@@ -55,14 +57,14 @@ def lognormal(rng, n, median, sigma, low, high):
 
 
 def pictures(rng, n, median, sigma):
-    """Patches: whole merged tokens high and wide, as resizing makes them."""
+    """Patches; heights and widths are whole merged tokens, as after resizing."""
     area = lognormal(rng, n, median / 4, sigma, 4, 2048)
     height = np.clip(np.sqrt(area * np.exp(0.35 * rng.standard_normal(n))), 2, 200).astype(np.int64)
     return 4 * height * np.maximum(area // height, 1)
 
 
 def of_counts(counts, windows, text):
-    """Lengths of samples with so many of the windows each; every 4 patches are a token."""
+    """Lengths of samples that have `counts` of the windows each; every 4 patches are a token."""
     ends = np.cumsum(counts)
     sums = np.concatenate([[0], np.cumsum(windows)])
     return Lengths(text + np.diff(sums[ends], prepend=0) // 4 + 2 * counts, windows, ends)
@@ -130,7 +132,7 @@ def windows_of(lengths, i):
 
 
 def best_fit_decreasing(lengths, order, config):
-    """On tokens alone: each sample, the longest first, into the fullest row with room."""
+    """By tokens alone: each sample, the longest first, goes into the fullest row with room."""
     tokens = lengths.tokens[order]
     rooms, by_room, packs = [], {}, []  # rooms: those that some pack has, sorted
     for i in np.argsort(-tokens, kind="stable").tolist():
@@ -153,8 +155,8 @@ def best_fit_decreasing(lengths, order, config):
 
 
 def first_fit(lengths, order, config, window=64):
-    """On both budgets: each sample, as it comes, into the first of the open packs with room; for a
-    new pack the oldest is closed. About as many samples as the planner's wait are in open packs."""
+    """By both budgets: each sample, as it arrives, goes into the first open pack with room. A new
+    pack closes the oldest. Open packs hold about as many samples as wait in the planner."""
     packs, opened = [], []
     for i in order.tolist():
         windows = windows_of(lengths, i).tolist()
@@ -164,7 +166,7 @@ def first_fit(lengths, order, config, window=64):
                 members.append(i)
                 break
         else:
-            opened.append((Pack(config), [i]))
+            opened.append((PackSpace(config), [i]))
             opened[-1][0].place(*sample)
             packs.append(opened[-1][1])
             if len(opened) > window:
@@ -176,7 +178,7 @@ def first_fit(lengths, order, config, window=64):
 
 
 def per_pack(values, packs):
-    """Sums over each pack of something that every record has."""
+    """The sum over each pack of a value that every record has."""
     members = np.concatenate(packs)
     return np.add.reduceat(
         values[members], np.cumsum([0, *(len(p) for p in packs[:-1])]), dtype=float
@@ -184,7 +186,7 @@ def per_pack(values, packs):
 
 
 def spread(work):
-    """The busiest pack of a step against the mean, over steps of random packs."""
+    """The busiest pack of a step divided by the mean, as the mean over steps of random packs."""
     steps = len(work) // STEP or 1
     steps = np.array_split(np.random.default_rng(0).permutation(work), steps)
     return round(float(np.mean([s.max() / s.mean() for s in steps])), 3)
@@ -198,7 +200,7 @@ def figures(lengths, packs, config):
     tokens, windows = lengths.tokens.astype(float), lengths.windows.astype(float)
     patches = per_pack(of_record(windows), packs)
     bounds = [tokens.sum() / config.token_slots, windows.sum() / config.patch_slots]
-    # Rows of vision as the placement fills them, in some of the packs.
+    # Vision rows as placement fills them, in some of the packs.
     by_class, misfits, some = np.zeros(len(config.vision_rows)), 0, packs[:: len(packs) // 1000 + 1]
     for members in some:
         sizes = [
@@ -208,8 +210,8 @@ def figures(lengths, packs, config):
         placed = place_pack(sizes, config)
         misfits += len(placed) < len(sizes)
         for p in placed:
-            for where, size in zip(p.windows, sizes[p.sample].windows, strict=True):
-                by_class[where.size] += size
+            for window, patches_of in zip(p.windows, sizes[p.sample].windows, strict=True):
+                by_class[window.row_class] += patches_of
     slots = len(some) * np.array([r * w for r, w in config.vision_rows])
     return {
         "packs": len(packs),
@@ -228,11 +230,11 @@ def figures(lengths, packs, config):
     }
 
 
-def case(name, lengths, rows, args):
+def case(name, lengths, rows, given):
     config = PackConfig(1, SEQ_LEN, rows)
     order = np.random.default_rng(1).permutation(len(lengths.tokens))
     runs = []
-    for _ in range(args.rounds):
+    for _ in range(given.rounds):
         start = time.perf_counter(), time.process_time()
         plan = plan_packs(lengths, order, config)
         runs.append((time.perf_counter() - start[0], time.process_time() - start[1]))
@@ -248,39 +250,45 @@ def case(name, lengths, rows, args):
         "cpu_seconds": round(min(r[1] for r in runs), 2),
         "plan": figures(lengths, np.split(plan.members, plan.ends[:-1]), config),
     }
-    if args.baselines:
+    if given.baselines:
         for baseline in (best_fit_decreasing, first_fit):
             start = time.perf_counter()
             packs = baseline(lengths, order, config)
             seconds = round(time.perf_counter() - start, 1)
             fills = figures(lengths, packs, config)
-            if baseline is first_fit:  # what fits in its own order is all that it has
+            if baseline is first_fit:  # its packs fit in its own order, not always in placement's
                 del fills["packs_whose_windows_do_not_fit"], fills["class_fill"]
             result[baseline.__name__] = {"seconds": seconds, **fills}
     print(json.dumps(result), flush=True)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=1_000_000)
-    parser.add_argument("--rounds", type=int, default=1, help="the quickest counts")
-    parser.add_argument("--baselines", type=int, default=1, help="0 leaves them out")
-    parser.add_argument("--cases", default="text,recipe,proposed,tight")
-    args = parser.parse_args()
-    mixed, wanted = mix(args.samples, MIXED, 1.0), args.cases.split(",")
-    if "text" in wanted:
-        case("text", mix(args.samples, TEXT, 1 / 3), RECIPE, args)
-    if "recipe" in wanted:
-        case("recipe", mixed, RECIPE, args)
-    if "tight" in wanted:
-        case("tight", mixed, TIGHT, args)
-    if "proposed" in wanted:
+def _define_flags():
+    flags.DEFINE_integer("samples", 1_000_000, "Samples of the corpus.", lower_bound=1)
+    flags.DEFINE_integer(
+        "rounds", 1, "Times that a plan is made; the fastest counts.", lower_bound=1
+    )
+    flags.DEFINE_integer("baselines", 1, "0 leaves the baselines out.")
+    flags.DEFINE_list("cases", CASES, "Cases to run.")
+    flags.register_validator(
+        "cases", lambda cases: set(cases) <= set(CASES), f"The cases are {', '.join(CASES)}."
+    )
+
+
+def main(given: Given):
+    mixed = mix(given.samples, MIXED, 1.0)
+    if "text" in given.cases:
+        case("text", mix(given.samples, TEXT, 1 / 3), RECIPE, given)
+    if "recipe" in given.cases:
+        case("recipe", mixed, RECIPE, given)
+    if "tight" in given.cases:
+        case("tight", mixed, TIGHT, given)
+    if "proposed" in given.cases:
         start = time.process_time()
         rows = propose_vision_rows(mixed, 1, SEQ_LEN, unit=128, token_cost=27)
         seconds = round(time.process_time() - start, 1)
         print(json.dumps({"proposal": rows, "cpu_seconds": seconds}), flush=True)
-        case("proposed", mixed, rows, args)
+        case("proposed", mixed, rows, given)
 
 
 if __name__ == "__main__":
-    main()
+    run(main, _define_flags)

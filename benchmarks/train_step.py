@@ -1,30 +1,30 @@
-"""How long a train step takes, beside the public PyTorch reference on the same samples.
+"""Times a train step, and the public PyTorch reference's on the same samples.
 
     python -m benchmarks.train_step --case=benchmarks/cases/eight_samples.json [--reference=DIR]
 
-A step is forward, backward and AdamW. Ours is the step that training runs, on the case's samples
-packed into the rows that a cost model finds cheapest. DIR is a checkout of the public reference;
-it runs the same samples with the same weights, loss and optimizer, with SDPA attention, one by one
-or as a padded batch, whichever is faster. Both sides have the case's `threads` cores and no others,
-and alternate, so that a busy machine slows both. Seconds are medians; the first step's losses must
+A step is forward, backward and AdamW. Ours is the step that training runs, on the case's samples,
+packed into the rows that a cost model finds cheapest. DIR is a checkout of the public reference. It
+runs the same samples with the same weights, loss and optimizer, with SDPA attention, one by one or
+as a padded batch, whichever is faster. Both sides have the case's `threads` cores and no others.
+They alternate, so that a busy machine slows both. Seconds are medians. The first step's losses must
 agree to 1e-4 (bfloat16: 1e-2), or the exit status is 1.
 
---device=gpu: in bfloat16, by default with the released 2B model (4B on a GPU of 139 GiB), with MFU.
-Compiled programs are kept in --cache, so a second start compiles nothing.
+--device=gpu uses bfloat16, by default with the released 2B model (4B on a GPU of 139 GiB), and
+reports MFU. Compiled programs are kept in --cache, so a second start compiles nothing.
 """
 
-import argparse
 import os
 import pathlib
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
 from benchmarks import train_step_reference as reference
 from benchmarks.train_step_case import Case, read_case
@@ -35,6 +35,7 @@ from ov2_jax.config.experiment import Experiment
 from ov2_jax.config.optimizer import PARTS, OptimizerConfig
 from ov2_jax.core.batch import Batch
 from ov2_jax.core.errors import ConfigError
+from ov2_jax.core.program import Given, run
 from ov2_jax.data.packing.build import build_pack
 from ov2_jax.model.attention import KERNELS, kernel_of, row_segments
 from ov2_jax.quickstart import TOKENIZER
@@ -47,11 +48,12 @@ from ov2_jax.training.start import random_params
 from ov2_jax.training.state import init_state
 
 SEED = 0
-# A constant learning rate, so that both sides' is the same without a schedule.
+# A constant learning rate, so that both sides have the same without a schedule.
 OPTIMIZER = OptimizerConfig(warmup_fraction=0.0, end_learning_rate=1e-5)
 # Dense bfloat16 TFLOP/s, from the vendor's data sheets.
 GPU_PEAK = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "L40S": 362}
 CASES = pathlib.Path(__file__).parent / "cases"
+CACHE = pathlib.Path.home() / ".cache" / "ov2_jax" / "compilation_cache"
 
 
 class Step(NamedTuple):
@@ -65,15 +67,16 @@ class Step(NamedTuple):
 
 
 def use_cores(threads: int) -> None:
-    """Binds this process, and those it starts, to so many cores; before JAX makes its threads.
+    """Binds this process, and those it starts, to `threads` cores; before JAX makes its threads.
 
-    XLA's thread pool has as many threads as the process may use cores. Threads that imports have
-    started already are bound too.
+    XLA's thread pool has one thread for each core that the process may use. Threads that imports
+    have started already are bound too.
     """
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < threads:
         raise ConfigError(
-            f"The case wants {threads} threads, but this process may use {len(cores)} cores."
+            f"The case has {threads} threads; it must have at most {len(cores)}, the cores that "
+            "this process may use."
         )
     for task in pathlib.Path("/proc/self/task").iterdir():
         os.sched_setaffinity(int(task.name), cores[:threads])
@@ -102,9 +105,9 @@ def our_step(case: Case, rows: Rows, params: dict[str, Any], batch: Batch, dtype
         ),
     )
     mesh = make_mesh(experiment.mesh, jax.devices()[:1])
-    state = jax.eval_shape(lambda p: init_state(p, OPTIMIZER, SEED), params)
+    state = jax.eval_shape(lambda p: init_state(p, OPTIMIZER), params)
     shardings = parameter_shardings(state, mesh)
-    state = jax.jit(lambda p: init_state(p, OPTIMIZER, SEED), out_shardings=shardings)(params)
+    state = jax.jit(lambda p: init_state(p, OPTIMIZER), out_shardings=shardings)(params)
     batch = jax.tree.map(
         lambda x, like: jax.device_put(x[None, None], like.sharding),
         batch,
@@ -138,12 +141,12 @@ def our_step(case: Case, rows: Rows, params: dict[str, Any], batch: Batch, dtype
 
 
 def describe(case: Case, rows: Rows, batch: Batch) -> list[str]:
-    """Sizes, FLOPs and how full the rows are."""
-    backend = kernel_of(ComputeConfig())
+    """Sizes, FLOPs and utilisation of the rows, as lines."""
+    kernel = kernel_of(ComputeConfig())
 
     def scores(ids: np.ndarray, *, causal: bool) -> int:
-        segments = row_segments(ids[0], causal=causal)
-        return int(np.sum(KERNELS[backend].computed_scores(segments)))
+        segments = row_segments(jnp.asarray(ids[0]), causal=causal)
+        return int(np.sum(KERNELS[kernel].computed_scores(segments)))
 
     batch = jax.tree.map(lambda x: x[None], batch)
     work = batch_work(batch)
@@ -157,7 +160,7 @@ def describe(case: Case, rows: Rows, batch: Batch) -> list[str]:
         f"samples {len(case.samples)}, tokens {work.tokens}, patches {work.patches}",
         f"text rows {pack.rows} x {pack.seq_len}: {work.tokens / pack.token_slots:.1%} filled; "
         f"vision rows {classes}: {work.patches / max(1, pack.patch_slots):.1%} filled",
-        f"attention by {backend}: text scores "
+        f"attention by {kernel}: text scores "
         f"{text / (work.squared_samples / 2):.2f} x half the squared samples",
         f"forward GFLOP: {parts}; step {train_flops(case.model, work, PARTS) / 1e9:.1f}",
     ]
@@ -167,14 +170,14 @@ def describe(case: Case, rows: Rows, batch: Batch) -> list[str]:
 
 
 def timed(run: Callable[[], float]) -> tuple[float, float]:
-    """Seconds and what it returned."""
+    """Seconds, and the loss that it returned."""
     start = time.perf_counter()
     loss = run()
     return time.perf_counter() - start, loss
 
 
 class Theirs:
-    """The reference's steps, in the faster of its ways."""
+    """The reference's steps, in the faster of its ways to run them."""
 
     def __init__(self, folder: str, case: Case, setting: reference.Setting, samples, params, ways):
         reference.write_inputs(pathlib.Path(folder), case, samples, params)
@@ -192,7 +195,7 @@ class Theirs:
             raise
         self.way = min(tried, key=tried.get)
         listed = ", ".join(f"{way} {seconds:.2f} s" for way, seconds in tried.items())
-        print(f"reference: {listed}; goes on {self.way}, {self.threads} threads", flush=True)
+        print(f"reference: {listed}; timed {self.way}, {self.threads} threads", flush=True)
 
     def step(self) -> None:
         self.seconds.append(self._process.step(self.way).seconds)
@@ -204,9 +207,9 @@ class Theirs:
 def benchmark(
     case: Case, checkout: str | None, *, device: str, dtype: str, rounds: int, peak: float | None
 ) -> bool:
-    """Prints everything; False where the losses differ. `peak`: the device's TFLOP/s, if known."""
+    """Prints everything; False if the losses differ. `peak`: the device's TFLOP/s, if known."""
     on_cpu = device == "cpu"
-    # Kernels of a GPU want rows of whole blocks.
+    # Kernels of a GPU need rows of whole blocks.
     rows = choose_rows(case.sizes(), case.model, multiple=1 if on_cpu else 128)
     samples = case.encoded(SEED)
     batch, _ = build_pack(samples, rows.placements, rows.pack, case.model)
@@ -234,7 +237,7 @@ def benchmark(
                 flush=True,
             )
             _, first_loss = timed(step.run)
-            for _ in range(2):  # until its memory is there, too
+            for _ in range(2):  # until its memory is allocated, too
                 timed(step.run)
             ours = []
             for number in range(rounds):
@@ -264,7 +267,7 @@ def benchmark(
     difference = abs(first_loss - theirs.first_loss) / abs(theirs.first_loss)
     print(f"first loss: ours {first_loss:.6f}, reference {theirs.first_loss:.6f}")
     if difference > (1e-4 if dtype == "float32" else 1e-2):
-        print(f"The losses differ by {difference:.1e} of their size: these are not the same steps.")
+        print(f"The losses differ by {difference:.1e} of their size: the steps are not the same.")
         return False
     print(f"ratio {reference_median / median:.2f}")
     return True
@@ -281,46 +284,39 @@ def gpu_peak() -> tuple[str, float | None]:
 
 
 def gpu_case() -> str:
-    """The released size that the GPU's memory holds with its optimizer."""
+    """The case of the largest released model that fits the GPU's memory with its optimizer."""
     limit = jax.devices("gpu")[0].memory_stats()["bytes_limit"]
     return str(CASES / ("gpu_4b.json" if limit > 120 * 2**30 else "gpu_2b.json"))
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.train_step", description=__doc__.split("\n\n")[0]
-    )
-    parser.add_argument("--case", help="JSON file; on a GPU there is a default")
-    parser.add_argument("--reference", help="checkout of the public PyTorch code")
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    cache = pathlib.Path.home() / ".cache" / "ov2_jax" / "compilation_cache"
-    parser.add_argument("--cache", default=str(cache), help="folder of compiled programs")
-    args = parser.parse_args(argv)
-    try:
-        if args.rounds < 1:
-            raise ConfigError(f"--rounds is {args.rounds}; it must be at least 1.")
-        jax.config.update("jax_compilation_cache_dir", args.cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        if args.device == "gpu":
-            os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-            name, peak = gpu_peak()
-            case = read_case(args.case or gpu_case())
-            print(f"{name}: peak {peak or 'unknown'} TFLOP/s in bfloat16")
-            settings = {"device": "gpu", "dtype": "bfloat16", "peak": peak}
-        else:
-            if args.case is None:
-                raise ConfigError("--case=FILE.json is missing; benchmarks/cases has some.")
-            case = read_case(args.case)
-            use_cores(case.threads)
-            keep_freed_memory()  # as training does
-            jax.config.update("jax_platforms", "cpu")
-            settings = {"device": "cpu", "dtype": "float32", "peak": None}
-        return 0 if benchmark(case, args.reference, rounds=args.rounds, **settings) else 1
-    except ConfigError as e:
-        print(e, file=sys.stderr)
-        return 1
+def main(given: Given) -> int:
+    if given.device == "cpu" and given.case is None:
+        raise ConfigError("--case=FILE.json is missing; benchmarks/cases has some.")
+    if given.rounds < 1:
+        raise ConfigError(f"--rounds is {given.rounds}; it must be at least 1.")
+    jax.config.update("jax_compilation_cache_dir", given.cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    if given.device == "gpu":
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        name, peak = gpu_peak()
+        case, dtype = read_case(given.case or gpu_case()), "bfloat16"
+        print(f"{name}: peak {peak or 'unknown'} TFLOP/s in bfloat16")
+    else:
+        case, dtype, peak = read_case(given.case), "float32", None
+        use_cores(case.threads)
+        keep_freed_memory()  # as training does
+        jax.config.update("jax_platforms", "cpu")
+    options = {"device": given.device, "dtype": dtype, "rounds": given.rounds, "peak": peak}
+    return 0 if benchmark(case, given.reference, **options) else 1
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("case", None, "JSON file; on a GPU there is a default.")
+    flags.DEFINE_string("reference", None, "Checkout of the public PyTorch code.")
+    flags.DEFINE_enum("device", "cpu", ("cpu", "gpu"), "Where the steps run.")
+    flags.DEFINE_integer("rounds", 5, "Timed steps of each side.")
+    flags.DEFINE_string("cache", str(CACHE), "Folder of compiled programs.")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main, _define_flags)

@@ -1,11 +1,11 @@
-"""A case of benchmarks/train_step.py: sizes of a model and of samples, and the samples made of it.
+"""A case of benchmarks/train_step.py: the sizes of a model and of samples, and random samples.
 
     {"vocab": 8192, "threads": 2, "text": {...}, "vision": {...},
      "samples": [[[[1, 16, 16]], 60], [[], 200]]}
 
-`text` and `vision` have the fields of TextConfig and VisionConfig; what is left out has its
-default. A sample is [grids, text tokens], a grid (frames, rows, columns) of patches. Its tokens are
-the grids' placeholders and then the text, all of which is to be learnt.
+`text` and `vision` have fields of TextConfig and VisionConfig; the others have their defaults. A
+sample is [grids, text tokens], a grid [frames, rows, columns] of patches. Its tokens are the grids'
+placeholders and then the text, which is supervised.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ Grid = tuple[int, int, int]
 
 
 class Case(NamedTuple):
-    """What to measure."""
+    """A model, the threads that run it, and the sizes of samples."""
 
     model: ModelConfig
     threads: int
@@ -37,7 +37,7 @@ class Case(NamedTuple):
         return tuple(min(most, t - i) * h * w for t, h, w in grids for i in range(0, t, most))
 
     def sizes(self) -> list[SampleSize]:
-        """What packing needs to know."""
+        """The samples' sizes, for packing."""
         unit = self.model.vision.merge_unit
         return [
             SampleSize(sum(t * h * w for t, h, w in grids) // unit + text, self.windows(grids))
@@ -73,7 +73,7 @@ class Case(NamedTuple):
 
 
 def read_case(path: str) -> Case:
-    """Raises ConfigError in one sentence where the file is no case."""
+    """Raises ConfigError with one sentence if the file is not a case."""
     try:
         raw = json.loads(pathlib.Path(path).read_text())
     except OSError as e:

@@ -1,7 +1,7 @@
-"""The public PyTorch reference on the samples of a case, in a process of its own.
+"""Runs the public PyTorch reference on the samples of a case, in a process of its own.
 
-A process of its own, so that neither side's threads spin while the other is timed. It is given a
-folder with what both sides share (`write_inputs`), and a pipe on which it answers.
+In one process, either side's threads would spin while the other is timed. The process gets a folder
+with the weights and samples that both sides share (`write_inputs`), and answers through a pipe.
 """
 
 import multiprocessing
@@ -26,12 +26,12 @@ from ov2_jax.core.errors import ConfigError
 from ov2_jax.data.sample import EncodedSample
 from ov2_jax.model.normalize import IMAGE_MEAN, IMAGE_STD
 
-# How the samples of a step go through it; the fastest is what is compared with.
+# How the samples of a step go through it; the fastest is compared.
 WAYS = ("one by one", "padded batch")
 
 
 class Setting(NamedTuple):
-    """What the reference needs to know beside the inputs."""
+    """What the reference needs in addition to the inputs."""
 
     checkout: str
     model: dict[str, Any]  # the config.json
@@ -50,7 +50,7 @@ class Answer(NamedTuple):
 
 
 def hf_tensors(config: ModelConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Our parameters as the reference names and lays them out."""
+    """Our parameters with the reference's names and layouts."""
     tensors = {}
     for entry in key_table(config):
         leaf: Any = params
@@ -64,7 +64,7 @@ def hf_tensors(config: ModelConfig, params: dict[str, Any]) -> dict[str, np.ndar
 
 
 def sample_inputs(case: Case, samples: list[EncodedSample]) -> dict[str, np.ndarray]:
-    """The samples as the reference's forward pass takes them, `NUMBER.NAME`."""
+    """The inputs of the reference's forward pass for each sample, named `NUMBER.NAME`."""
     area = case.model.vision.patch_size**2
     mean, std = (np.repeat(np.float32(x), area) for x in (IMAGE_MEAN, IMAGE_STD))
     inputs = {}
@@ -94,7 +94,7 @@ class Reference:
     def __init__(self, folder: pathlib.Path, setting: Setting) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        # Set before torch is imported there, or its thread pool has as many as there are cores.
+        # Before torch is imported there; otherwise its thread pool has a thread for each core.
         os.environ["OMP_NUM_THREADS"] = str(setting.threads)
         self._process = context.Process(target=_serve, args=(str(folder), setting, other))
         self._process.start()
@@ -105,7 +105,7 @@ class Reference:
         try:
             answer = self._pipe.recv()
         except EOFError as e:
-            raise ConfigError("The reference's process died; its output says why.") from e
+            raise ConfigError("The reference's process died; its output has the reason.") from e
         if isinstance(answer, str):
             raise ConfigError(f"The reference failed: {answer}")
         return answer
@@ -117,7 +117,7 @@ class Reference:
 
 
 def _serve(folder: str, setting: Setting, pipe: Connection) -> None:
-    """Answers every way that comes along the pipe with the Answer of a step, or with an error."""
+    """Answers every way that the pipe brings with the Answer of a step, or with an error."""
     run: Callable[[str], Answer] | None = None
     while True:
         try:
@@ -170,7 +170,7 @@ def _load(folder: pathlib.Path, setting: Setting) -> Callable[[str], Answer]:
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for batch in batches[way]:
-            # The mean over all supervised tokens of the step, as ours.
+            # The mean over all supervised tokens of the step, as in ours.
             share = int((batch["labels"][:, 1:] >= 0).sum()) / supervised
             with mixed:
                 loss = model(**batch, use_cache=False).loss * share
@@ -208,10 +208,10 @@ def _padded(samples: list[dict[str, Any]]) -> dict[str, Any]:
 def setting(
     checkout: str, case: Case, optimizer: OptimizerConfig, *, dtype: str, device: str
 ) -> Setting:
-    """Raises ConfigError where there is no reference to run."""
+    """Raises ConfigError if there is no reference to run."""
     if not (pathlib.Path(checkout) / "transformers_impl" / "llavaonevision2").is_dir():
         raise ConfigError(
-            f"{checkout} is no checkout of the reference: it has no "
+            f"{checkout} is not a checkout of the reference: it has no "
             "transformers_impl/llavaonevision2."
         )
     if case.model.text.num_experts:

@@ -1,7 +1,7 @@
-"""Which text and vision rows a step's samples are packed into: the cheapest by a cost model.
+"""Chooses the text and vision rows that a step's samples are packed into, by a cost model.
 
-The cost is in FLOPs of a forward pass: matmuls of every slot, filled or not, and attention, by
-about how many scores its blocks have.
+The cost is in FLOPs of a forward pass: matmuls of every slot, filled or not, and attention by an
+estimate of the scores in its blocks.
 """
 
 import itertools
@@ -15,16 +15,16 @@ from ov2_jax.data.packing.placement import Placement, place_pack
 from ov2_jax.data.sample import SampleSize
 from ov2_jax.model.attention.xla import BLOCK
 
-# A FLOP of attention costs about two of a matmul on CPU: exponentials, and small products.
+# A FLOP of attention costs about as much as two of a matmul on CPU: exponentials, small products.
 ATTENTION = 2.0
-# What visiting one more block costs beside its scores, in FLOPs: some 20 us at 300 GFLOP/s.
+# FLOPs of visiting one more block, in addition to its scores: some 20 us at 300 GFLOP/s.
 VISIT = 6e6
 # Candidates for each side; packing is tried with every pair, cheapest first.
 CANDIDATES = 24
 
 
 class Rows(NamedTuple):
-    """How samples are packed."""
+    """The rows, and where each sample is in them."""
 
     pack: PackConfig
     placements: list[Placement]
@@ -34,7 +34,7 @@ Classes = tuple[tuple[int, int], ...]  # (rows, slots of a row), as in PackConfi
 
 
 def choose_rows(sizes: Sequence[SampleSize], model: ModelConfig, *, multiple: int = 1) -> Rows:
-    """One pack that holds all samples at the least cost; slots of a row are a `multiple`."""
+    """The cheapest pack that holds all samples; slots of a row are a multiple of `multiple`."""
     v, t = model.vision, model.text
     tokens = [s.tokens for s in sizes]
     windows = [w for s in sizes for w in s.windows]
@@ -66,14 +66,14 @@ def choose_rows(sizes: Sequence[SampleSize], model: ModelConfig, *, multiple: in
 def _cheapest(
     candidates: Iterable[Classes], cost: Callable[[Classes], float]
 ) -> list[tuple[float, Classes]]:
-    """The cheapest, and one row for all of a kind, into which everything fits."""
+    """The cheapest, and one row for all segments, into which everything fits."""
     candidates = list(dict.fromkeys(candidates))
     ranked = sorted((cost(c), c) for c in candidates)
     return ranked[:CANDIDATES] + [(cost(candidates[0]), candidates[0])]
 
 
 def _fit(segments: Sequence[int], rows: int, multiple: int) -> Classes:
-    """So many rows, as short as best-fit-decreasing allows."""
+    """`rows` rows, as short as best-fit-decreasing allows."""
     if not segments:
         return ()
     length = max(*segments, -(-sum(segments) // rows)) if rows > 1 else sum(segments)
@@ -91,7 +91,7 @@ def _fit(segments: Sequence[int], rows: int, multiple: int) -> Classes:
 
 
 def _vision(windows: Sequence[int], multiple: int) -> list[Classes]:
-    """Vision rows of one class, or of two: windows up to some size, and the larger ones."""
+    """Vision rows of one class, or of two: windows up to a size, and larger ones."""
     found = [_fit(windows, rows, multiple) for rows in range(1, len(windows) + 1)] or [()]
     for most in sorted(set(windows))[:-1]:
         small = [w for w in windows if w <= most]
@@ -115,8 +115,8 @@ def _cost(
 ) -> float:
     """FLOPs of a layer: `slot` for every slot, `score` for every score.
 
-    A segment in a row that is cut into blocks has scores with its own blocks, half of them if
-    causal, and with what shares the first and last of them; a row of one block has all.
+    If a row is cut into blocks, a segment has scores with its own blocks, half of them if causal,
+    and with the segments that share its first and last block. A row of one block has all scores.
     """
     total = 0.0
     smaller = 0

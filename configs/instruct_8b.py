@@ -6,15 +6,16 @@ instruct-780k recipe.
 
 CHECKPOINT is as for configs/sft_4b.py.
 
-132 packs of one text row make a step. Devices times --config.grad_accum must divide it: 12, 22, 33,
+A step has 132 packs of one text row. Devices times --config.grad_accum must divide 132: 12, 22, 33,
 44, 66 and 132 devices do, of the powers of two only 1, 2 and 4 (with grad_accum 132, 66 and 33). On
-larger meshes of powers of two the run says so before it starts; take 128 rows there:
+a larger power of two the run ends with an error before it starts; use 128 rows there:
     --config.global_rows=128 --config.steps=5782
 
 The public script does not pack: a row is one sample there, and 5607 steps are one epoch of 740 000
 samples. Here a row is filled with samples, so the same number of rows is many epochs. For one
-epoch let the first steps tell how many samples a step takes (`samples` in metrics.jsonl, times the
-processes), and divide; or lower --config.global_rows until that is 132, and keep the steps.
+epoch, read from the first steps how many samples a step has (`samples` in metrics.jsonl, times the
+processes), and divide 740 000 by it; or lower --config.global_rows until a step has 132 samples,
+and keep the steps.
 """
 
 from ml_collections import ConfigDict

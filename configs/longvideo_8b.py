@@ -4,19 +4,19 @@ to 18 000 tokens.
     python -m ov2_jax.train --config=configs/longvideo_8b.py --config.workdir=DIR \
         --config.init_from=CHECKPOINT "--config.data.sources[0].path=longvideo.jsonl"
 
-CHECKPOINT is as for configs/sft_4b.py, out of mid-training or instruction tuning. A row is shared
-by four chips (context=4). What it takes on a slice:
+CHECKPOINT is as for configs/sft_4b.py, a result of mid-training or instruction tuning. Four chips
+share a row (context=4). The memory and time that it takes on a slice:
 
     python -m launch.plan --config=configs/longvideo_8b.py --topology=v5p:4x4x8
 
-768 frames, with rows shared by eight chips:
+768 frames, with eight chips sharing a row:
 
     python -m launch.plan --config=configs/longvideo_8b.py --topology=v5p:4x8x8 \
         --config.data.num_frames=768 --config.pack.seq_len=180224 \
         "--config.pack.vision_rows=((24, 25088),)" --config.mesh.context=8
 
-32 packs of one text row make a step: 128 chips with context=4, 256 with context=8; on fewer set
---config.grad_accum to what is left of 32.
+A step has 32 packs of one text row: for 128 chips with context=4, or 256 with context=8. On fewer
+chips set --config.grad_accum to 32 * context / chips.
 """
 
 from ml_collections import ConfigDict

@@ -1,14 +1,15 @@
-"""30B-A3B, a mixture of 128 experts of which a token takes 8, with patch 14 and merge 2: the public
+"""30B-A3B, a mixture of 128 experts with 8 for each token, with patch 14 and merge 2: the public
 mid-training recipe, with packed rows.
 
     python -m ov2_jax.train --config=configs/midtrain_30b_a3b.py --config.workdir=DIR \
         --config.init_from=CHECKPOINT "--config.data.sources[0].path=midtrain.jsonl"
 
-CHECKPOINT is as for configs/sft_4b.py, out of the alignment stage. What it takes on a slice:
+CHECKPOINT is as for configs/sft_4b.py, a result of the alignment stage. The memory and time that it
+takes on a slice:
 
     python -m launch.plan --config=configs/midtrain_30b_a3b.py --topology=v5p:4x4x8
 
-128 packs of one text row make a step: one for each of 128 chips.
+A step has 128 packs of one text row: one for each of 128 chips.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,8 @@ recipe, with packed rows.
     python -m ov2_jax.train --config=configs/midtrain_8b.py --config.workdir=DIR \
         --config.init_from=CHECKPOINT "--config.data.sources[0].path=midtrain.jsonl"
 
-CHECKPOINT is as for configs/sft_4b.py, out of the alignment stage. What it takes on a slice:
+CHECKPOINT is as for configs/sft_4b.py, a result of the alignment stage. The memory and time that it
+takes on a slice:
 
     python -m launch.plan --config=configs/midtrain_8b.py --topology=v5p:4x4x8
     python -m launch.plan --config=configs/midtrain_8b.py --topology=v6e:16x16 \
@@ -12,8 +13,8 @@ CHECKPOINT is as for configs/sft_4b.py, out of the alignment stage. What it take
 
 A v5p has room for --config.compute.remat=up, which computes 8 % less.
 
-128 packs of one text row make a step: one for each of 128 chips. 256 chips share every row between
-two (context=2); on fewer than 128 set --config.grad_accum to what is left of 128.
+A step has 128 packs of one text row: one for each of 128 chips. On 256 chips two share every row
+(context=2). On N < 128 chips set --config.grad_accum to 128 / N.
 """
 
 from ml_collections import ConfigDict

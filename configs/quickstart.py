@@ -1,4 +1,4 @@
-"""The quickstart: a 3-million-parameter LLaVA-OneVision-2 from nothing, on two CPU cores.
+"""The quickstart: trains a LLaVA-OneVision-2 of 3 million random parameters on two CPU cores.
 
     make quickstart
 
@@ -7,7 +7,7 @@ or, step by step:
     python -m ov2_jax.quickstart.dataset --out=runs/quickstart/data
     python -m ov2_jax.train --config=configs/quickstart.py --config.workdir=runs/quickstart/model
 
-Same architecture, data road and checkpoint as the real configs; only sizes differ.
+Architecture, data pipeline and checkpoint are those of the real configs; only the sizes differ.
 """
 
 from ml_collections import ConfigDict

@@ -4,12 +4,12 @@ recipe of the public 4B quickstart.
     python -m ov2_jax.train --config=configs/sft_4b.py --config.workdir=DIR \
         --config.init_from=CHECKPOINT "--config.data.sources[0].path=sft.jsonl"
 
-CHECKPOINT comes out of `python -m conversion.from_hf`, from a released model or from what
-`python -m conversion.merge` builds. Its sizes must be those below; theta, eps and other constants
-are read from it.
+`python -m conversion.from_hf` makes CHECKPOINT from a released model, or from the result of
+`python -m conversion.merge`. Its sizes must be those below; theta, eps and other constants are read
+from it.
 
-16 packs of one text row make a step, so 1, 2, 4, 8 or 16 devices can share it; on fewer than 16
-set --config.grad_accum to what is left of 16. Several files of samples, or media in another folder:
+A step has 16 packs of one text row, so 1, 2, 4, 8 or 16 devices can share it. On N < 16 devices set
+--config.grad_accum to 16 / N. Several files of samples, or media in another folder:
     "--config.data.sources=({'path': 'a.jsonl'}, {'path': 'b.jsonl', 'root': '/media'})"
 """
 
@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
                 "frame_max_pixels": 392 * 392,
                 "target_fps": 1.0,
                 "max_frames": 30,
-                # As in the public recipe; `data/truncated` counts them.
+                # As in the public recipe; `data/dropped_rounds` counts them.
                 "on_long": "drop_rounds",
                 "num_workers": 16,
                 # The public data has 9 samples in a row of 8192: the packer has a choice.

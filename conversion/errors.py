@@ -1,4 +1,4 @@
-"""The one error of this package."""
+"""The error of this package."""
 
 from collections.abc import Iterable
 
@@ -6,11 +6,11 @@ from ov2_jax.core.errors import UserError
 
 
 class ConversionError(UserError):
-    """A checkpoint that cannot be converted; the message says what is wrong and what to do."""
+    """A checkpoint that cannot be converted; the message states the problem and the remedy."""
 
 
 def listing(title: str, items: Iterable[str], limit: int = 40) -> str:
-    """`title` and one indented line per item; past `limit` the rest is counted, not dropped."""
+    """`title` and one indented line per item; items past `limit` are only counted."""
     items = list(items)
     lines = [f"{title} ({len(items)}):"] + [f"  {item}" for item in items[:limit]]
     if len(items) > limit:

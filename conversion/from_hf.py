@@ -1,23 +1,26 @@
-"""Hugging Face folder -> Orbax checkpoint.
+"""Converts a Hugging Face folder to an Orbax checkpoint.
 
     python -m conversion.from_hf --src=HF_DIR --dst=DIR [--dtype=float32]
 
-Works for a full model and for a standalone encoder. DIR/params is an ordinary Orbax PyTree
-checkpoint, DIR/hf holds the configuration, tokenizer and processor files, so that
-`conversion.to_hf` needs no template. Arrays are written block by block straight from the memory-
-mapped source: well under 2 GiB of memory for any size of model.
+HF_DIR has a full model or a standalone encoder. DIR/params becomes an ordinary Orbax PyTree
+checkpoint. DIR/hf gets the configuration, tokenizer and processor files, so `conversion.to_hf`
+needs no template. Arrays are written block by block from the memory-mapped source: this takes well
+under 2 GiB of memory for any size of model.
 """
 
 import functools
 
+from absl import flags, logging
 from etils import epath
 
-from conversion import cli
-from conversion.formats import hf_folder
-from conversion.formats.hf_source import HFSource
+from conversion.destination import new_folder
+from conversion.formats.hf_files import copy_side_files
+from conversion.formats.hf_weights import HFWeights
 from conversion.formats.orbax_io import LazyArray, write_params
 from conversion.formats.safetensors_io import WEIGHT_DTYPES
+from conversion.progress import byte_progress
 from ov2_jax.core import checkpoint_dir
+from ov2_jax.core.program import Given, run
 
 
 def convert(src: epath.PathLike, dst: epath.PathLike, *, dtype: str | None = None) -> None:
@@ -32,26 +35,28 @@ def convert(src: epath.PathLike, dst: epath.PathLike, *, dtype: str | None = Non
       ConversionError: keys, shapes or dtypes don't fit config.json (all are listed), the files
         are damaged, or `dst` is taken. Nothing has been written then.
     """
-    source = HFSource(src, dtype)
-    with cli.destination(dst) as folder:
+    weights = HFWeights(src, dtype)
+    with new_folder(dst) as folder:
         hf = folder / checkpoint_dir.HF
         hf.mkdir()
-        hf_folder.copy_side_files(src, hf)
+        copy_side_files(src, hf)
         arrays = [
-            LazyArray(leaf, source.dtype(path), functools.partial(source.read, path))
-            for path, leaf in source.leaves.items()
+            LazyArray(leaf, weights.dtype(path), functools.partial(weights.read, path))
+            for path, leaf in weights.leaves.items()
         ]
-        with cli.progress_bar("to Orbax", source.nbytes()) as progress:
+        with byte_progress("to Orbax", weights.nbytes()) as progress:
             write_params(folder / checkpoint_dir.PARAMS, arrays, progress)
 
 
-def main() -> None:
-    parser = cli.parser("python -m conversion.from_hf", __doc__)
-    parser.add_argument("--src", required=True, help="Hugging Face folder")
-    parser.add_argument("--dst", required=True, help="new checkpoint folder")
-    parser.add_argument("--dtype", choices=WEIGHT_DTYPES, help="cast to this (default: keep)")
-    cli.main(lambda args: convert(args.src, args.dst, dtype=args.dtype), parser)
+def _define_flags() -> None:
+    flags.DEFINE_string("src", None, "Hugging Face folder.", required=True)
+    flags.DEFINE_string("dst", None, "New checkpoint folder.", required=True)
+    flags.DEFINE_enum("dtype", None, WEIGHT_DTYPES, "Cast all weights to this (default: keep).")
+
+
+def main(given: Given) -> None:
+    convert(given.src, given.dst, dtype=given.dtype)
 
 
 if __name__ == "__main__":
-    main()
+    run(main, _define_flags, verbosity=logging.ERROR)  # Orbax warns of what is intended here

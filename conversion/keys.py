@@ -1,16 +1,13 @@
 """The one table between Hugging Face keys and our parameters.
 
-Ours stacks the layers on axis 0 and keeps kernels as [in, out]; Hugging Face has one tensor a
-layer and [out, in]. Every entry of the table says which part of which of our leaves one Hugging
-Face tensor is. Both shapes follow from the config alone, so a checkpoint can be checked, counted
-and laid out without reading any data. `as_ours` shows a Hugging Face tensor in our orientation as
-a *view*: reading from that view converts one way, writing into it the other, so neither
-direction has code of its own.
+Our arrays stack the layers on axis 0, and those of a mixture's experts on axis 1 behind it. They
+hold kernels as [I O], input width first. Hugging Face has one tensor per layer and expert, and
+kernels as [O I].
 
-The experts of a mixture are stacked on axis 1, behind their layer.
-
-Letters: N layers, D vision width, F MLP width, H text width, V vocabulary, C channels, p patch
-size, m merge size, Q and K/V the widths of the query and key/value projections.
+Each entry of the table maps one Hugging Face tensor to a part of one of our arrays. Both shapes
+follow from the config alone, so a checkpoint can be checked, counted and laid out without reading
+any data. `as_ours` returns a *view* of a Hugging Face tensor in our orientation: reading from the
+view converts one way, writing into it the other, so neither direction has code of its own.
 """
 
 import dataclasses
@@ -20,10 +17,11 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
+from jaxtyping import Shaped
 
 from ov2_jax.config.model import ModelConfig, TextConfig, VisionConfig
 
-Path = tuple[str, ...]
+ParamPath = tuple[str, ...]
 Shape = tuple[int, ...]
 Config = ModelConfig | VisionConfig
 
@@ -32,10 +30,11 @@ class Transform(enum.Enum):
     """How a Hugging Face tensor turns into ours (before stacking and concatenation)."""
 
     NONE = "none"
-    TRANSPOSE = "transpose"  # [out, in] -> [in, out]
-    PATCHES = "patches"  # [D, C, p, p] -> [D, C*p*p] -> [C*p*p, D]
+    TRANSPOSE = "transpose"  # [O I] -> [I O]
+    PATCHES = "patches"  # [D C p p] -> [D C*p*p] -> [C*p*p D]
 
     def shape(self, hf: Shape) -> Shape:
+        """The shape in our orientation of a tensor of shape `hf`."""
         if self is Transform.TRANSPOSE:
             return hf[1], hf[0]
         if self is Transform.PATCHES:
@@ -45,11 +44,11 @@ class Transform(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One Hugging Face tensor and the part of our leaf that it is."""
+    """One Hugging Face tensor and its place in our leaf."""
 
     key: str
     hf_shape: Shape
-    path: Path
+    path: ParamPath
     lead: tuple[int, ...]  # indices on the leaf's first axes: (layer,), (layer, expert) or none
     transform: Transform
     part: int = 0  # which of `parts` equal pieces along the last axis
@@ -69,9 +68,9 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One of our parameters, and the Hugging Face tensors that make it."""
+    """One of our parameters and the Hugging Face tensors that it is made of."""
 
-    path: Path
+    path: ParamPath
     shape: Shape
     entries: tuple[Entry, ...]
 
@@ -98,12 +97,14 @@ class Leaf:
 
     @property
     def split_axis(self) -> int:
-        """The axis of ours that is Hugging Face's axis 0, along which a tensor's rows lie."""
+        """Our axis that is axis 0 of the Hugging Face tensors."""
         first = self.entries[0]
         return len(self.shape) - (1 if first.transform is not Transform.NONE else len(first.shape))
 
 
-def as_ours(entry: Entry, tensor: np.ndarray) -> np.ndarray:
+def as_ours(
+    entry: Entry, tensor: Shaped[np.ndarray, "*hf_shape"]
+) -> Shaped[np.ndarray, "*our_shape"]:
     """A view of the Hugging Face `tensor` in our orientation, `entry.shape`."""
     if entry.transform is Transform.NONE:
         return tensor
@@ -165,7 +166,7 @@ def _encoder(config: VisionConfig, prefix: str, *, standalone: bool) -> Iterator
         yield from _rows(
             _norm("layer_norm1", "layer_norm1", width, bias=bias), where, "encoder.layers", i
         )
-        if standalone:  # three projections apart; ours is [Q, K, V] along the last axis
+        if standalone:  # three projections; ours has query, key and value along the last axis
             for part, name in enumerate(("q_proj", "k_proj", "v_proj")):
                 for row in _linear(f"self_attn.{name}", "attn.qkv", width, width, bias=True):
                     yield _entry(row, where, "encoder.layers", (i,), part, 3)
@@ -286,15 +287,15 @@ def key_table(config: Config) -> tuple[Entry, ...]:
     )
 
 
-def leaves(config: Config) -> dict[Path, Leaf]:
+def leaves(config: Config) -> dict[ParamPath, Leaf]:
     """Our parameters by path, in the table's order."""
-    grouped: dict[Path, list[Entry]] = {}
+    grouped: dict[ParamPath, list[Entry]] = {}
     for entry in key_table(config):
         grouped.setdefault(entry.path, []).append(entry)
     result = {}
     for path, entries in grouped.items():
         *outer, last = entries[0].shape
-        lead = (n + 1 for n in entries[-1].lead)  # the last of the table is the last of each axis
+        lead = (n + 1 for n in entries[-1].lead)  # the table's last entry is the last of each axis
         shape = (*lead, *outer, last * entries[0].parts)
         result[path] = Leaf(path, shape, tuple(entries))
     return result

@@ -1,37 +1,48 @@
-"""The start checkpoint: a standalone encoder, a merger and a Qwen3 become one full model.
+"""Merges a standalone encoder, a merger and a Qwen3 into one full model, the start checkpoint.
 
     python -m conversion.merge --encoder=HF_DIR --llm=HF_DIR [--merger=HF_DIR] --out=HF_DIR
         [--merge-size=2] [--frame-windows-size=4] [--dtype=bfloat16] [--seed=0] [--dry-run]
 
-The encoder is a OneVision-Encoder or -Lang. Its q/k/v are stacked, its pooling head, post-norm and
+The encoder is a OneVision-Encoder or -Lang. Its q/k/v are stacked; its pooling head, post-norm and
 RoPE tables are dropped. Without `--merger` the merger is fresh: normal kernels of standard
 deviation 0.02, zero biases. A tied head of the language model is copied. Tokenizer, generation
 config and special token ids come from the language model's folder, the patch size from the
-encoder. `--dry-run` prints the plan and checks all of it, and writes nothing.
+encoder. `--dry-run` checks everything, prints the plan and writes nothing.
 """
 
-import argparse
 import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from absl import flags
 from etils import epath
+from jaxtyping import Float32
 
-from conversion import cli
+from conversion.destination import new_folder
 from conversion.errors import ConversionError, listing
-from conversion.formats import hf_folder
+from conversion.formats.hf_completion import complete
+from conversion.formats.hf_files import copy_side_files, write_json
+from conversion.formats.hf_tokenizer import (
+    SPECIAL_TOKENS,
+    chat_template,
+    special_token_ids,
+    write_chat_template,
+)
 from conversion.formats.safetensors_io import (
     DEFAULT_MAX_SHARD_BYTES,
+    DEFAULT_MAX_SHARD_SIZE,
     WEIGHT_DTYPES,
     SafetensorsFolder,
     SafetensorsWriter,
     TensorSpec,
     copy_into,
+    parse_shard_size,
     weight_dtype,
 )
-from conversion.keys import Entry, key_table
+from conversion.keys import Entry, ParamPath, key_table
+from conversion.progress import byte_progress
 from ov2_jax.config.hf import (
     FULL_MODEL_TYPES,
     model_config_from_hf,
@@ -40,17 +51,18 @@ from ov2_jax.config.hf import (
     vision_config_from_hf,
 )
 from ov2_jax.config.model import ModelConfig
+from ov2_jax.core.program import Given, run
 
 _MERGER = "model.visual.merger."
 _OLD_MERGER = "model.mm_projector."
 _FRESH_STD = 0.02
-# Facts about the language model as a folder of its own; the merged config states its own.
+# Fields that describe the language model's own folder; the merged config has its own values.
 _NOT_TEXT = ("architectures", "auto_map", "transformers_version", "dtype", "torch_dtype")
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """One of the folders that are merged: its weights under the names that the plan uses."""
+class MergePart:
+    """One of the merged folders: its weights under the names that the plan uses."""
 
     title: str
     weights: SafetensorsFolder
@@ -59,23 +71,23 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class MergeStep:
     """One tensor of the merged model."""
 
     entry: Entry
-    part: Part | None  # None: made fresh
+    part: MergePart | None  # None for a fresh tensor
     names: tuple[str, ...]  # of `part`; several are stacked along axis 0
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """A checked merge: every tensor of the model and where it comes from."""
+class MergePlan:
+    """A checked merge: every tensor of the model and its source."""
 
     config: ModelConfig
     raw_config: dict[str, Any]
     dtype: np.dtype
-    parts: tuple[Part, ...]
-    steps: tuple[Step, ...]
+    parts: tuple[MergePart, ...]
+    steps: tuple[MergeStep, ...]
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -105,8 +117,8 @@ class Plan:
         return "\n".join(lines)
 
 
-def _part(title: str, folder: epath.PathLike) -> Part:
-    """Names as the standalone tables have them; sorts out what no merged model has."""
+def _part(title: str, folder: epath.PathLike) -> MergePart:
+    """Opens a folder, maps its names to the plan's, and drops what no merged model has."""
     weights = SafetensorsFolder(folder)
     names: dict[str, str] = {}
     dropped = []
@@ -123,7 +135,7 @@ def _part(title: str, folder: epath.PathLike) -> Part:
             raise ConversionError(f"{folder}: {stored} and {names[name]} are the same key.")
         else:
             names[name] = stored
-    return Part(title, weights, names, tuple(dropped))
+    return MergePart(title, weights, names, tuple(dropped))
 
 
 def _configs(
@@ -156,7 +168,7 @@ def _configs(
             "tie_word_embeddings": False,
             "vision_config": dataclasses.asdict(vision),
             "text_config": raw_llm,
-            **hf_folder.special_token_ids(llm),
+            **special_token_ids(llm),
         }
     )
     return config, raw_llm, bool(raw_llm.get("tie_word_embeddings", False))
@@ -170,35 +182,35 @@ def make_plan(
     merge_size: int = 2,
     frame_windows_size: int = 4,
     dtype: str | None = None,
-) -> Plan:
-    """Works out and checks a merge from configs and headers alone.
+) -> MergePlan:
+    """Plans and checks a merge from configs and headers alone.
 
     Args:
-      encoder, llm, merger: Hugging Face folders; without `merger` it is made fresh.
+      encoder, llm, merger: Hugging Face folders; None for `merger` makes a fresh one.
       merge_size: m; m*m patches become one token.
       frame_windows_size: frames that attend to each other.
       dtype: of the result; None takes the language model's.
 
     Raises:
-      ConversionError: listing every key that is unused, missing or misshapen.
+      ConversionError: lists every key that is unused, missing or misshapen.
     """
     config, raw_llm, tied = _configs(encoder, llm, merge_size, frame_windows_size)
     parts = {"encoder": _part("encoder", encoder), "llm": _part("llm", llm)}
     if merger is not None:
         parts["merger"] = _part("merger", merger)
-    standalone: dict[tuple, list[str]] = {}
+    standalone: dict[tuple[ParamPath, tuple[int, ...]], list[str]] = {}
     for entry in key_table(config.vision):
         standalone.setdefault((entry.path, entry.lead), []).append(entry.key)
 
-    def step(entry: Entry) -> Step:
+    def step(entry: Entry) -> MergeStep:
         if entry.path[0] == "encoder":
-            return Step(entry, parts["encoder"], tuple(standalone[entry.path, entry.lead]))
+            return MergeStep(entry, parts["encoder"], tuple(standalone[entry.path, entry.lead]))
         if entry.path[0] == "merger":
-            return Step(entry, parts.get("merger"), (entry.key,))
+            return MergeStep(entry, parts.get("merger"), (entry.key,))
         if entry.key == "lm_head.weight" and tied and entry.key not in parts["llm"].names:
-            return Step(entry, parts["llm"], ("model.embed_tokens.weight",))
+            return MergeStep(entry, parts["llm"], ("model.embed_tokens.weight",))
         name = entry.key.replace("model.language_model.", "model.")
-        return Step(entry, parts["llm"], (name,))
+        return MergeStep(entry, parts["llm"], (name,))
 
     steps = tuple(step(entry) for entry in key_table(config))
     _check(steps, parts)
@@ -213,13 +225,13 @@ def make_plan(
     raw = model_config_to_hf(config, dtype=dtype)
     text = {name: value for name, value in raw_llm.items() if name not in _NOT_TEXT}
     raw["text_config"] = text | raw["text_config"]
-    return Plan(config, raw, weight_dtype(dtype), tuple(parts.values()), steps)
+    return MergePlan(config, raw, weight_dtype(dtype), tuple(parts.values()), steps)
 
 
-def _check(steps: tuple[Step, ...], parts: Mapping[str, Part]) -> None:
+def _check(steps: tuple[MergeStep, ...], parts: Mapping[str, MergePart]) -> None:
     problems = []
     for part in parts.values():
-        wanted: dict[str, Step] = {n: s for s in steps if s.part is part for n in s.names}
+        wanted: dict[str, MergeStep] = {n: s for s in steps if s.part is part for n in s.names}
         unused = sorted(part.names[n] for n in part.names.keys() - wanted.keys())
         if unused:
             problems.append(listing(f"{part.title}: keys with no place in the model", unused))
@@ -242,8 +254,8 @@ def _check(steps: tuple[Step, ...], parts: Mapping[str, Part]) -> None:
         raise ConversionError("\n".join(["The parts do not make one model.", *problems]))
 
 
-def _fresh(entry: Entry, rng: np.random.Generator) -> np.ndarray:
-    """A new merger's parameter, as the reference initialises it."""
+def _fresh(entry: Entry, rng: np.random.Generator) -> Float32[np.ndarray, "..."]:
+    """A parameter of a new merger, initialised as in the reference."""
     kind = entry.path[-1]
     if kind == "kernel":
         return _FRESH_STD * rng.standard_normal(entry.hf_shape, np.float32)
@@ -251,22 +263,34 @@ def _fresh(entry: Entry, rng: np.random.Generator) -> np.ndarray:
 
 
 def write(
-    plan: Plan,
+    plan: MergePlan,
     llm: epath.PathLike,
     out: epath.PathLike,
     *,
     seed: int = 0,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
 ) -> None:
-    """Carries the plan out into the new folder `out`, tensor by tensor."""
+    """Writes the merged model into the new folder `out`, tensor by tensor.
+
+    Args:
+      plan: what to write.
+      llm: the language model's folder, whose tokenizer and other files are copied.
+      out: must not exist, or be empty; appears when everything is written.
+      seed: of a fresh merger.
+      max_shard_bytes: largest safetensors file.
+
+    Raises:
+      ConversionError: `out` is taken or remote.
+    """
     rng = np.random.default_rng(seed)
-    with cli.destination(out) as folder:
-        hf_folder.copy_side_files(llm, folder)
-        hf_folder.take_pictures(folder)
-        hf_folder.write_json(folder / "config.json", plan.raw_config)
+    with new_folder(out) as folder:
+        copy_side_files(llm, folder)
+        if SPECIAL_TOKENS["image_token_id"] not in chat_template(folder):
+            write_chat_template(folder)  # a language model's own drops pictures
+        write_json(folder / "config.json", plan.raw_config)
         with (
             SafetensorsWriter(folder, plan.specs, max_shard_bytes) as writer,
-            cli.progress_bar("merging", sum(spec.nbytes for spec in plan.specs)) as progress,
+            byte_progress("merging", sum(spec.nbytes for spec in plan.specs)) as progress,
         ):
             for step in plan.steps:
                 target = writer.array(step.entry.key)
@@ -279,40 +303,39 @@ def write(
                 for i, source in enumerate(sources):
                     copy_into(target[i * rows : (i + 1) * rows], source)
                 progress(target.nbytes)
-        hf_folder.complete(folder, plan.config, plan.dtype.name)
+        complete(folder, plan.config, plan.dtype.name)
 
 
-def main() -> None:
-    parser = cli.parser("python -m conversion.merge", __doc__)
-    parser.add_argument("--encoder", required=True, help="standalone encoder's folder")
-    parser.add_argument("--llm", required=True, help="Qwen3 folder")
-    parser.add_argument("--merger", help="folder with the merger's weights (default: fresh)")
-    parser.add_argument("--out", required=True, help="new Hugging Face folder")
-    parser.add_argument("--merge-size", type=int, default=2, help="patches along a token's side")
-    parser.add_argument("--frame-windows-size", type=int, default=4)
-    parser.add_argument("--dtype", choices=WEIGHT_DTYPES, help="default: the language model's")
-    parser.add_argument("--seed", type=int, default=0, help="of a fresh merger")
-    parser.add_argument("--dry-run", action="store_true", help="check and print, write nothing")
-    cli.add_max_shard_size(parser)
+def _define_flags() -> None:
+    flags.DEFINE_string("encoder", None, "Folder of the standalone encoder.", required=True)
+    flags.DEFINE_string("llm", None, "Folder of the Qwen3.", required=True)
+    flags.DEFINE_string("merger", None, "Folder with the merger's weights (default: fresh).")
+    flags.DEFINE_string("out", None, "New Hugging Face folder.", required=True)
+    flags.DEFINE_integer("merge-size", 2, "Patches along a merged token's side.", 1)
+    flags.DEFINE_integer("frame-windows-size", 4, "Frames that attend to each other.", 1)
+    flags.DEFINE_enum("dtype", None, WEIGHT_DTYPES, "Dtype (default: the language model's).")
+    flags.DEFINE_integer("seed", 0, "Seed of a fresh merger.", 0)
+    flags.DEFINE_bool("dry-run", False, "Check, print the plan and write nothing.")
+    flags.DEFINE_string("max-shard-size", DEFAULT_MAX_SHARD_SIZE, "Largest safetensors file.")
 
-    def run(args: argparse.Namespace) -> None:
-        plan = make_plan(
-            args.encoder,
-            args.llm,
-            args.merger,
-            merge_size=args.merge_size,
-            frame_windows_size=args.frame_windows_size,
-            dtype=args.dtype,
-        )
-        print(plan.describe())
-        if args.dry_run:
-            print("Dry run: everything fits, nothing was written.")
-            return
-        write(plan, args.llm, args.out, seed=args.seed, max_shard_bytes=args.max_shard_size)
-        print(f"{args.out} is ready for conversion.from_hf and transformers.")
 
-    cli.main(run, parser)
+def main(given: Given) -> None:
+    max_shard_bytes = parse_shard_size(given.max_shard_size)
+    plan = make_plan(
+        given.encoder,
+        given.llm,
+        given.merger,
+        merge_size=given.merge_size,
+        frame_windows_size=given.frame_windows_size,
+        dtype=given.dtype,
+    )
+    print(plan.describe())
+    if given.dry_run:
+        print("Dry run: everything fits, nothing was written.")
+        return
+    write(plan, given.llm, given.out, seed=given.seed, max_shard_bytes=max_shard_bytes)
+    print(f"{given.out} is ready for conversion.from_hf and transformers.")
 
 
 if __name__ == "__main__":
-    main()
+    run(main, _define_flags)

@@ -1,4 +1,4 @@
-"""What can be rented: TPU slices and GPU nodes, with the names that Google Cloud has for them.
+"""Accelerators that a job can ask for: TPU slices and GPU nodes, by Google Cloud's names.
 
 TPU names and topologies: cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus and
 cloud.google.com/tpu/docs; GPU names: cloud.google.com/kubernetes-engine/docs/how-to/gpus.
@@ -8,25 +8,21 @@ import dataclasses
 import math
 import re
 
-from ov2_jax.core.errors import UserError
-
-
-class LaunchError(UserError):
-    """A job that cannot be started as it is described; one sentence."""
+from launch.errors import LaunchError
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tpu:
-    gke: str
-    gcloud: str  # accelerator type, before its size
-    cores: int  # the size counts these of each chip
-    runtime: str
-    dimensions: int
+    gke: str  # GKE's accelerator label
+    gcloud: str  # accelerator type, without its size
+    cores: int  # of a chip; gcloud's size counts cores
+    runtime: str  # a TPU VM's system image
+    dimensions: int  # of a topology
     largest: int  # chips of a slice
 
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_SMALL_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")  # larger ones have multiples of 4
+_SMALL_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")  # larger ones have sides of multiples of 4
 _TPUS = {
     "v5e": _Tpu("tpu-v5-lite-podslice", "v5litepod", 1, "v2-alpha-tpuv5-lite", 2, 256),
     "v5p": _Tpu("tpu-v5p-slice", "v5p", 2, "v2-alpha-tpuv5", 3, 8960),
@@ -54,7 +50,7 @@ class Tpu:
 
     @property
     def chips_per_host(self) -> int:
-        """On GKE; a TPU VM of eight v5e or v6e chips is a single host instead."""
+        """On GKE. (A TPU VM of eight v5e or v6e chips is a single host instead.)"""
         return min(4, self.chips)
 
     @property
@@ -89,14 +85,14 @@ class Gpu:
 
 
 def parse_accelerator(text: str) -> Tpu | Gpu:
-    """'v5p:4x4x8' or 'h100'; raises LaunchError naming what there is."""
+    """Parses 'v5p:4x4x8' or 'h100'; raises LaunchError, which lists the valid values."""
     version, colon, topology = text.partition(":")
     if not colon and text in _GPUS:
         return Gpu(text)
     if version not in _TPUS:
         raise LaunchError(
-            f"accelerator is {text!r}; it must be one of the GPUs {', '.join(_GPUS)} or a TPU and "
-            f"its topology, as v5p:4x4x8, of {', '.join(_TPUS)}."
+            f"accelerator is {text!r}; it must be one of the GPUs {', '.join(_GPUS)} or a TPU with "
+            f"its topology, for example v5p:4x4x8, of {', '.join(_TPUS)}."
         )
     tpu = _TPUS[version]
     if tpu.dimensions == 2:

@@ -1,28 +1,31 @@
-"""A run on GKE: python -m launch.gke --job=launch/jobs/instruct_8b_v5p.py [--dry-run]
+"""A run on GKE:
 
-A JobSet (jobset.sigs.k8s.io, 0.6 or newer): one Job a TPU slice, or one for all GPU nodes; one pod
-a host. TPU hosts find each other by what GKE sets; GPU hosts by variables set here.
+    python -m launch.gke --job=launch/jobs/instruct_8b_v5p.py [--set=FIELD=VALUE] [--dry-run]
+
+Submits a JobSet (jobset.sigs.k8s.io, 0.6 or newer): one Job per TPU slice, or one for all GPU
+nodes; one pod per host. TPU hosts find each other by GKE's variables, GPU hosts by variables set
+here.
 """
 
-import sys
 from typing import Any
 
 import yaml
 
-from launch.accelerators import LaunchError, Tpu
+from launch.accelerators import Tpu
+from launch.errors import LaunchError
 from launch.platforms.job import Job, Mount
-from launch.platforms.render import launch
+from launch.platforms.submit import submit_command
 
 _WORKERS = "workers"
 _CONTAINER = "train"
 _PORT = 55527
-# Errors that were said would only come again. All else restarts: 75 (interrupted), 70 (a peer was
-# lost), 128 and more (killed), lost nodes.
+# Errors of config, data or checkpoint would only come again. Everything else restarts: 75
+# (interrupted), 70 (a peer was lost), 128 and more (killed), lost nodes.
 _FINAL = [1, 2]
 
 
 def _literal(text: str) -> str:
-    """Kubernetes would put variables in place of $(NAME) in commands and values; $$ is a $."""
+    """Escapes $: Kubernetes replaces $(NAME) by a variable in commands and values; $$ is a $."""
     return text.replace("$", "$$")
 
 
@@ -49,7 +52,7 @@ def _environment(job: Job, hosts: int) -> list[dict[str, Any]]:
     index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
     return [
         *found,
-        # The first pod of the first Job, at the name that JobSet's headless service gives it.
+        # The first pod of the first Job, by its name in JobSet's headless service.
         {
             "name": "JAX_COORDINATOR_ADDRESS",
             "value": f"{job.name}-{_WORKERS}-0-0.{job.name}:{_PORT}",
@@ -97,14 +100,14 @@ def manifest(job: Job) -> dict[str, Any]:
                 "volumeMounts": [*mounts, {"name": "shm", "mountPath": "/dev/shm"}],
             }
         ],
-        # Kubernetes gives 64 MiB, which NCCL and the loader's processes outgrow.
+        # Kubernetes gives 64 MiB, too little for NCCL and the loader's processes.
         "volumes": [*volumes, {"name": "shm", "emptyDir": {"medium": "Memory"}}],
     }
     if job.gke.service_account:
         pod["serviceAccountName"] = job.gke.service_account
     buckets = any(mount.bucket for mount in job.mounts)
     metadata: dict[str, Any] = {"name": job.name, "namespace": job.gke.namespace}
-    if isinstance(kind, Tpu):  # a slice is a node pool, and belongs to one Job
+    if isinstance(kind, Tpu):  # a slice is a node pool, and only one Job may use it
         exclusive = "alpha.jobset.sigs.k8s.io/exclusive-topology"
         metadata["annotations"] = {exclusive: "cloud.google.com/gke-nodepool"}
     if job.gke.queue:
@@ -114,7 +117,7 @@ def manifest(job: Job) -> dict[str, Any]:
         "parallelism": hosts,
         "completions": hosts,
         "completionMode": "Indexed",
-        "backoffLimit": 0,  # one lost pod fails its Job, and the JobSet restarts everything
+        "backoffLimit": 0,  # a lost pod fails its Job, and the JobSet restarts all Jobs
         "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": final}]},
         "template": {
             "metadata": {"annotations": {"gke-gcsfuse/volumes": "true"} if buckets else {}},
@@ -122,7 +125,7 @@ def manifest(job: Job) -> dict[str, Any]:
         },
     }
     stop = {
-        "name": "said-error",
+        "name": "final-error",
         "action": "FailJobSet",
         "onJobFailureReasons": ["PodFailurePolicy"],
     }
@@ -140,7 +143,7 @@ def manifest(job: Job) -> dict[str, Any]:
 
 
 def text(job: Job) -> str:
-    """The JobSet as YAML."""
+    """The JobSet as YAML; raises LaunchError for what GKE cannot run."""
     for mount in job.mounts:
         if (
             mount.source.startswith("/")
@@ -148,11 +151,11 @@ def text(job: Job) -> str:
             and job.workdir.startswith(mount.at)
         ):
             raise LaunchError(
-                f"workdir {job.workdir!r} is on mounts {mount.source!r}, a folder of each node's "
-                "own; use gs:// or pvc:, which all nodes share."
+                f"workdir {job.workdir!r} is on the mount {mount.source!r}, a folder of each node; "
+                "use gs:// or pvc:, which all nodes share."
             )
     return yaml.safe_dump(manifest(job), sort_keys=False)
 
 
 if __name__ == "__main__":
-    launch(text, ["kubectl", "apply", "-f", "-"], sys.argv[1:], as_argument=False)
+    submit_command(text, ["kubectl", "apply", "-f", "-"])

@@ -3,13 +3,13 @@
     python -m launch.local --processes=2 --devices-per-process=4 -- \\
         --config=configs/quickstart.py --config.workdir=DIR
 
-What follows `--` goes to ov2_jax.train. By default each process has fake CPU devices, for trying
-what will run on many hosts; --platform=cuda gives each its own GPUs. Lines come with the rank of
-their process. A process that dies ends the job, with its status and last lines; SIGTERM and Ctrl-C
-are passed on, so that the run saves. Status: 0 done, 75 stopped and saved (run it again), 1 failed.
+Arguments after `--` go to ov2_jax.train. By default each process has fake CPU devices, to try a run
+of many hosts; with --platform=cuda each process has its own GPUs. Every output line starts with the
+rank of its process. A process that dies ends the job, and a message has its status and last lines.
+SIGTERM and Ctrl-C are passed on, so that the run saves. Status: 0 done, 75 stopped and saved (run
+it again), 1 failed.
 """
 
-import argparse
 import collections
 import ctypes
 import os
@@ -24,17 +24,22 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
+from absl import flags
+
+from launch.errors import LaunchError
+from ov2_jax.core import program
 from ov2_jax.core.exit_codes import INTERRUPTED
 
-_KILL_AFTER = 5.0  # seconds that the others have once a process failed: they hang, so few
+# Seconds that the other processes have after one failed. Few: they hang in a collective with it.
+_KILL_AFTER = 5.0
 _LAST_LINES = 20
 _COLOURS = (36, 33, 35, 32, 34, 31)  # cyan, yellow, magenta, green, blue, red
 
 
-def environment(
+def process_environment(
     rank: int, *, processes: int, devices: int, platform: str, port: int, base: Mapping[str, str]
 ) -> dict[str, str]:
-    """What tells a process who it is, on top of `base`."""
+    """The environment of one process: `base`, its rank and its devices; raises LaunchError."""
     found = dict(base) | {
         "JAX_PLATFORMS": platform,
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
@@ -48,13 +53,13 @@ def environment(
         others = re.sub(rf"{name}=\S*", "", base.get("XLA_FLAGS", ""))
         found["XLA_FLAGS"] = f"{others} {name}={devices}".strip()
     else:
-        # Of the GPUs that this job may use itself, if it is one of several on the machine.
+        # If the launcher itself may use only some GPUs of the machine, the processes share those.
         count = processes * devices
         ids = (base.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")
         if len(ids) < count:
-            raise SystemExit(
+            raise LaunchError(
                 f"--processes={processes} times --devices-per-process={devices} need {count} GPUs, "
-                f"but CUDA_VISIBLE_DEVICES names {len(ids)}; ask for fewer."
+                f"but CUDA_VISIBLE_DEVICES names {len(ids)}; use fewer."
             )
         found["CUDA_VISIBLE_DEVICES"] = ",".join(ids[rank * devices : (rank + 1) * devices])
     return found
@@ -73,17 +78,17 @@ def _status(code: int) -> str:
 
 
 def _die_with_parent() -> None:
-    """In the child: a launcher that is killed leaves nothing behind that holds devices."""
+    """In the child: the kernel kills it with its launcher, so nothing keeps holding devices."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 class _Process:
-    """One rank: its output goes to stderr line by line, its end into `ended`."""
+    """One rank. Its output goes to stderr line by line, its exit code into the queue `ended`."""
 
     def __init__(self, rank: int, command: Sequence[str], env: Mapping[str, str]) -> None:
         self.rank = rank
         self.last = collections.deque[str](maxlen=_LAST_LINES)
-        # A session of its own: Ctrl-C reaches the launcher alone, and all below it can be killed.
+        # A session of its own: Ctrl-C reaches only the launcher, and one kill ends all descendants.
         self._process = subprocess.Popen(
             command,
             env=env,
@@ -113,7 +118,7 @@ class _Process:
 
     def _wait(self, reader: threading.Thread, ended: queue.Queue) -> None:
         code = self._process.wait()
-        self.signal(signal.SIGKILL)  # whatever it left running, which could keep GPU and pipe
+        self.signal(signal.SIGKILL)  # its descendants, which could keep the GPU and the pipe
         reader.join(timeout=2)
         ended.put((self.rank, code))
 
@@ -127,16 +132,16 @@ class _Process:
             pass  # it has just ended
 
 
-def run(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
+def run_processes(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
     """Runs the command once for each environment; returns the job's status."""
     ended: queue.Queue[tuple[int, int]] = queue.Queue()
-    # Signals are for the main thread from now on; before it is ready they wait.
+    # From here on signals are only noted; `_watch` handles them.
     stops: list[int] = []
     signals = (signal.SIGTERM, signal.SIGINT)
     previous = [signal.signal(number, lambda number, _: stops.append(number)) for number in signals]
     processes = [_Process(rank, command, env) for rank, env in enumerate(environments)]
     try:
-        for process in processes:  # threads only now: a fork after them may hang
+        for process in processes:  # threads start after all forks: a fork after them may hang
             process.watch(ended)
         return _watch(processes, ended, stops)
     finally:
@@ -170,7 +175,7 @@ def _watch(processes: Sequence[_Process], ended: queue.Queue, stops: Sequence[in
         except queue.Empty:
             continue
         codes[rank] = code
-        stopped = bool(stops) and code == -signal.SIGTERM  # before there was anything to save
+        stopped = bool(stops) and code == -signal.SIGTERM  # it had nothing to save yet
         if code not in (0, INTERRUPTED) and not stopped and failed is None:
             failed = rank, code
             for process in processes:
@@ -181,7 +186,7 @@ def _watch(processes: Sequence[_Process], ended: queue.Queue, stops: Sequence[in
         lines = "".join(f"\n    {line}" for line in processes[rank].last) or " none"
         _say(
             f"Process {rank} {_status(code)}, so the job was ended. Its last lines:{lines}\n"
-            "The same command goes on from the newest checkpoint."
+            "The same command continues from the newest checkpoint."
         )
         return 1
     return 0 if set(codes.values()) == {0} else INTERRUPTED
@@ -191,29 +196,24 @@ def _say(sentence: str) -> None:
     print(f"launch.local: {sentence}", file=sys.stderr, flush=True)
 
 
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
+def define_flags() -> None:
+    flags.DEFINE_integer("processes", 2, "Processes to start.", lower_bound=1)
+    flags.DEFINE_integer("devices-per-process", 1, "Fake CPU devices, or GPUs.", lower_bound=1)
+    flags.DEFINE_enum("platform", "cpu", ["cpu", "cuda"], "The devices of the processes.")
 
 
-def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser("launch.local", description=__doc__.split("\n")[0])
-    parser.add_argument("--processes", type=_positive, default=2, help="to start; 2")
-    parser.add_argument(
-        "--devices-per-process", type=_positive, default=1, help="fake CPU devices, or GPUs; 1"
-    )
-    parser.add_argument("--platform", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("train", nargs="*", metavar="-- ARGUMENT", help="what ov2_jax.train gets")
-    given = parser.parse_args(argv)
-    if not given.train:
-        parser.error("what ov2_jax.train gets comes after --, as in: -- --config=FILE")
-    command = [sys.executable, "-m", "ov2_jax.train", *given.train]
+def main(given: program.Given) -> int:
+    if not given.rest:
+        raise LaunchError(
+            "there are no arguments for ov2_jax.train; write them after --, for example: "
+            "-- --config=FILE"
+        )
+    command = [sys.executable, "-m", "ov2_jax.train", *given.rest]
     if given.processes > 1:
         command.append("--config.distributed")
     port = _free_port()
     environments = [
-        environment(
+        process_environment(
             rank,
             processes=given.processes,
             devices=given.devices_per_process,
@@ -223,8 +223,8 @@ def main(argv: Sequence[str]) -> None:
         )
         for rank in range(given.processes)
     ]
-    raise SystemExit(run(command, environments))
+    return run_processes(command, environments)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    program.run(main, define_flags, rest=True)

@@ -1,14 +1,16 @@
-"""A run on a GPU cluster: python -m launch.slurm --job=launch/jobs/sft_4b_h100.py [--dry-run]
+"""A run on a GPU cluster under Slurm:
 
-One process a GPU; jax.distributed finds the others by Slurm's variables. The script asks for
-SIGTERM before the time is up and puts itself back into the queue after it.
+    python -m launch.slurm --job=launch/jobs/sft_4b_h100.py [--set=FIELD=VALUE] [--dry-run]
+
+Submits a batch script: one process per GPU; jax.distributed finds the others by Slurm's variables.
+The script asks for SIGTERM before the time is up, and requeues itself afterwards.
 """
 
-import sys
-
-from launch.accelerators import Gpu, LaunchError
+from launch.accelerators import Gpu
+from launch.errors import LaunchError
 from launch.platforms.job import Job
-from launch.platforms.render import launch, render
+from launch.platforms.render import render
+from launch.platforms.submit import submit_command
 from ov2_jax.core.exit_codes import BROKEN, INTERRUPTED
 
 
@@ -17,12 +19,12 @@ def script(job: Job) -> str:
     kind = job.kind
     if not isinstance(kind, Gpu):
         raise LaunchError(
-            f"accelerator is {job.accelerator!r}, which Slurm does not have; use launch.gke."
+            f"accelerator is {job.accelerator!r}, but Slurm has GPUs only; use launch.gke."
         )
     for mount in job.mounts:
         if not mount.source.startswith("/"):
             raise LaunchError(
-                f"mounts has {mount.source!r}; Slurm's nodes have no buckets or claims: use a path."
+                f"mounts has {mount.source!r}; Slurm mounts no buckets and no claims, only paths."
             )
     if job.mounts and job.image is None:
         raise LaunchError("mounts is set without image; without a container nothing is mounted.")
@@ -41,4 +43,4 @@ def script(job: Job) -> str:
 
 
 if __name__ == "__main__":
-    launch(script, ["sbatch"], sys.argv[1:], as_argument=False)
+    submit_command(script, ["sbatch"])

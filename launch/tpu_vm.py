@@ -1,15 +1,18 @@
-"""A run on TPU VMs: python -m launch.tpu_vm --job=launch/jobs/instruct_8b_v5p.py [--dry-run]
+"""A run on TPU VMs:
 
-Asks for a queued resource, waits for it, and runs the container on every host; a slice that was
-preempted is asked for again. The script runs on your machine for as long as the job does.
+    python -m launch.tpu_vm --job=launch/jobs/instruct_8b_v5p.py [--set=FIELD=VALUE] [--dry-run]
+
+Runs a script on your machine for as long as the job lasts. The script requests a queued resource,
+waits for it, and runs the container on every host; it requests a preempted slice again.
 """
 
 import shlex
-import sys
 
-from launch.accelerators import LaunchError, Tpu
+from launch.accelerators import Tpu
+from launch.errors import LaunchError
 from launch.platforms.job import Job
-from launch.platforms.render import launch, render
+from launch.platforms.render import render
+from launch.platforms.submit import submit_command
 from ov2_jax.core.exit_codes import INTERRUPTED
 
 
@@ -18,14 +21,13 @@ def script(job: Job) -> str:
     kind = job.kind
     if not isinstance(kind, Tpu):
         raise LaunchError(
-            f"accelerator is {job.accelerator!r}, which no TPU VM has; use launch.slurm or "
-            "launch.gke."
+            f"accelerator is {job.accelerator!r}, which is no TPU; use launch.slurm or launch.gke."
         )
     if job.tpu_vm is None:
-        raise LaunchError("tpu_vm is not set; it says the zone and project to ask.")
+        raise LaunchError("tpu_vm is not set; it states the zone and the project.")
     if job.slices != 1:
         raise LaunchError(
-            f"slices is {job.slices}; TPU VMs run one here, use launch.gke for several."
+            f"slices is {job.slices}; launch.tpu_vm runs one slice, use launch.gke for several."
         )
     image = job.require_image("a TPU VM")
     docker = ["sudo", "docker", "run", "--detach", "--name=train", "--privileged", "--net=host"]
@@ -35,7 +37,7 @@ def script(job: Job) -> str:
     for mount in job.mounts:
         if mount.source.startswith("pvc:"):
             raise LaunchError(
-                f"mounts has {mount.source!r}, which only GKE knows; use gs://BUCKET."
+                f"mounts has {mount.source!r}, which only GKE mounts; use gs://BUCKET."
             )
         source = mount.source
         if mount.bucket:
@@ -64,4 +66,4 @@ def script(job: Job) -> str:
 
 
 if __name__ == "__main__":
-    launch(script, ["bash", "-c"], sys.argv[1:], as_argument=True)
+    submit_command(script, ["bash", "-c"], as_argument=True)

@@ -1,59 +1,42 @@
 """Exact match on held-out samples, by generating the answers.
 
-python -m ov2_jax.evaluate --checkpoint=DIR --data=heldout.jsonl --out=answers.jsonl
+    python -m ov2_jax.evaluate --checkpoint=DIR --data=heldout.jsonl --out=answers.jsonl
 
-Samples are those of training (LLaVA JSON or JSONL); the last assistant turn is the expected answer,
-everything before it the prompt. Accuracy is reported for every value of the samples' `task` field.
+Samples have the form of training samples (LLaVA JSON or JSONL). The last assistant turn is the
+expected answer, everything before it is the prompt. Accuracy is reported for every value of the
+samples' `task` field.
 """
 
-import argparse
-import sys
+from absl import flags, logging
 
-from absl import logging
-
-from conversion.errors import ConversionError
 from ov2_jax.config.data import SourceConfig
-from ov2_jax.core.errors import CheckpointError, ConfigError, DataError
+from ov2_jax.core.program import Given, run
 from ov2_jax.evaluation.exact_match import accuracy_by_task, evaluate, write_answers
 from ov2_jax.generation.load import open_checkpoint
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m ov2_jax.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _define_flags() -> None:
+    flags.DEFINE_string("checkpoint", None, "As for ov2_jax.generate.", required=True)
+    flags.DEFINE_string("data", None, "JSON or JSONL of held-out samples.", required=True)
+    flags.DEFINE_string("root", None, "Folder of the media; by default the data's own.")
+    flags.DEFINE_string("out", None, "JSONL file to write every answer to.")
+    flags.DEFINE_enum("video-input", "uniform", ["uniform", "codec"], "How clips are read.")
+    flags.DEFINE_integer("batch-size", 32, "Prompts answered together.", lower_bound=1)
+    flags.DEFINE_integer("max-new-tokens", 64, "Longest answer, in tokens.", lower_bound=1)
+    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the computation.")
+
+
+def main(given: Given) -> None:
+    generator, data = open_checkpoint(given.checkpoint, dtype=given.dtype)
+    answers = evaluate(
+        generator,
+        data,
+        SourceConfig(given.data, given.root, video=given.video_input),
+        batch_size=given.batch_size,
+        max_new_tokens=given.max_new_tokens,
     )
-    add = parser.add_argument
-    add("--checkpoint", required=True, help="as for ov2_jax.generate")
-    add("--data", required=True, help="JSON or JSONL of held-out samples")
-    add("--root", help="folder of the media; default: the data's own")
-    add("--out", help="JSONL to write every answer to")
-    add("--video-input", default="uniform", choices=["uniform", "codec"], help="how clips are read")
-    add("--batch-size", type=int, default=32, help="prompts answered together (32)")
-    add("--max-new-tokens", type=int, default=64, help="longest answer (64)")
-    add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the computation")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
-    logging.set_verbosity(logging.ERROR)  # Orbax tells its whole life at INFO
-    try:
-        if args.batch_size < 1:
-            raise ConfigError(f"--batch-size is {args.batch_size}; it must be at least 1.")
-        generator, data = open_checkpoint(args.checkpoint, dtype=args.dtype)
-        answers = evaluate(
-            generator,
-            data,
-            SourceConfig(args.data, args.root, video=args.video_input),
-            batch_size=args.batch_size,
-            max_new_tokens=args.max_new_tokens,
-        )
-    except (ConfigError, DataError, CheckpointError, ConversionError) as e:
-        sys.exit(f"{type(e).__name__}: {e}")
-    if args.out is not None:
-        write_answers(answers, args.out)
+    if given.out is not None:
+        write_answers(answers, given.out)
     table = accuracy_by_task(answers)
     for task, (right, n) in table.items():
         print(f"{task:20s} {right / n:6.3f}  ({right} of {n})")
@@ -62,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, _define_flags, verbosity=logging.ERROR)

@@ -1,14 +1,13 @@
 """Trains a model: python -m ov2_jax.train --config=configs/quickstart.py --config.workdir=DIR
 
-Every field of the config can be overridden, e.g. --config.optimizer.learning_rate=2e-5. A work
-directory that holds checkpoints is resumed from its newest one, bit-exactly. SIGTERM saves a
-checkpoint and ends with status 75: not done, run the same command again. Everything a config gets
-wrong is said before the accelerator is touched.
+Every field of the config can be overridden, e.g. --config.optimizer.learning_rate=2e-5. If the work
+directory has checkpoints, the run resumes from the newest one, bit-exactly. SIGTERM saves a
+checkpoint and ends with status 75: not done, run the same command again. A config that cannot work
+is reported before the accelerator is used.
 """
 
 import contextlib
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -23,6 +22,7 @@ from ov2_jax.config.start import tokenizer_folder, with_checkpoint_model
 from ov2_jax.core.checkpoint_dir import absolute
 from ov2_jax.core.errors import UserError
 from ov2_jax.core.exit_codes import BROKEN, INTERRUPTED
+from ov2_jax.core.files import write_json
 from ov2_jax.core.program import Given, run, sentence
 from ov2_jax.data.encoding.tokenizer import load_tokenizer
 from ov2_jax.data.loader.loader import make_loader
@@ -31,6 +31,7 @@ from ov2_jax.sharding.mesh import make_mesh
 from ov2_jax.training.checkpoint import RunCheckpoints, latest_step
 from ov2_jax.training.export import write_hf_folder
 from ov2_jax.training.feed import make_feed, to_devices
+from ov2_jax.training.hosts.compilation_cache import use_compilation_cache
 from ov2_jax.training.hosts.distributed import StopSignal, join
 from ov2_jax.training.hosts.host_memory import keep_freed_memory
 from ov2_jax.training.monitoring.flops import batch_work
@@ -38,7 +39,7 @@ from ov2_jax.training.monitoring.health import Health
 from ov2_jax.training.monitoring.metrics import MetricWriter
 from ov2_jax.training.monitoring.profile import Profiler
 from ov2_jax.training.monitoring.reporter import Reporter
-from ov2_jax.training.program import jit_train_step, use_compilation_cache
+from ov2_jax.training.program import jit_train_step
 from ov2_jax.training.start import abstract_train_state, first_state
 
 
@@ -52,15 +53,17 @@ def _train(experiment: Experiment, stack: contextlib.ExitStack) -> int:
     stop = stack.enter_context(StopSignal())
     if jax.default_backend() == "cpu":
         keep_freed_memory()
-    mesh = make_mesh(experiment.mesh)
     first_process = jax.process_index() == 0
+    mesh = make_mesh(experiment.mesh)
     feed = make_feed(mesh)
     experiment.check_mesh(mesh.shape, feed.count)
+
     workdir = absolute(experiment.workdir)
     health = stack.enter_context(Health(workdir, jax.process_index()))
     step = latest_step(workdir)
     experiment, notes = with_checkpoint_model(experiment, resuming=step > 0)
     config = experiment_to_dict(experiment)
+
     tokenizer = load_tokenizer(tokenizer_folder(experiment, resuming=step > 0), experiment.model)
     loader = make_loader(
         experiment.data,
@@ -74,6 +77,7 @@ def _train(experiment: Experiment, stack: contextlib.ExitStack) -> int:
         rejects_path=workdir / "rejected.jsonl",
     )
     stack.callback(loader.close)
+
     checkpoints = stack.enter_context(RunCheckpoints(workdir, experiment.checkpoint))
     if step:
         state = checkpoints.restore(step, abstract_train_state(experiment, mesh), loader, feed)
@@ -82,11 +86,12 @@ def _train(experiment: Experiment, stack: contextlib.ExitStack) -> int:
             write_hf_folder(experiment)
         state = first_state(experiment, mesh)
     if first_process:
-        (workdir / "config.json").write_text(json.dumps(config, indent=2))
+        write_json(workdir / "config.json", config)
 
     kernel, kernel_notes = first_working(experiment.compute.attention)
     compute = dataclasses.replace(experiment.compute, attention=(kernel,))
     train_step = jit_train_step(dataclasses.replace(experiment, compute=compute), state)
+
     writer = stack.enter_context(
         MetricWriter(
             workdir,
@@ -100,11 +105,12 @@ def _train(experiment: Experiment, stack: contextlib.ExitStack) -> int:
     watcher = stack.enter_context(ThreadPoolExecutor(1))
     profiler = stack.enter_context(Profiler(workdir, experiment.profile_steps))
     axes = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1) or "one device"
-    writer.say(f"{'Resuming' if step else 'Starting'} at step {step} on {axes}")
-    writer.say(f"Attention kernel: {kernel}; remat: {experiment.compute.remat}")
+    writer.note(f"{'Resuming' if step else 'Starting'} at step {step} on {axes}")
+    writer.note(f"Attention kernel: {kernel}; remat: {experiment.compute.remat}")
     for note in (*notes, *kernel_notes):
-        writer.say(note)
-    # Transfers that nobody asked for are errors: each would stall the devices at every step.
+        writer.note(note)
+
+    # An implicit transfer would stall the devices at every step, so it is an error.
     with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
         reporter = Reporter(experiment, writer, workdir, watcher)
         while step < experiment.steps:
@@ -126,13 +132,13 @@ def _train(experiment: Experiment, stack: contextlib.ExitStack) -> int:
             if last:
                 break
     if step < experiment.steps:
-        writer.say(f"Stopped by SIGTERM; step {step} is saved. Run the same command to go on.")
+        writer.note(f"Stopped by SIGTERM; step {step} is saved. Run the same command to go on.")
     return step
 
 
 def _end_if_distributed(error: str, status: int) -> None:
-    """One of several processes ends at once: at an ordinary exit JAX would wait for the others,
-    which wait for it in a collective, until all is lost to a timeout of minutes."""
+    """Ends this process at once if it is one of several. At an ordinary exit JAX would wait for the
+    others, which wait for this one in a collective, until they time out after minutes."""
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         print(error, file=sys.stderr, flush=True)
         os._exit(status)

@@ -1,6 +1,71 @@
-"""The type checker that the tests run with: beartype, which jaxtyping asks about shapes."""
+"""The type checker that the tests run with: beartype, which jaxtyping asks about shapes.
 
+jaxtyping's import hook checks calls of functions. `check_named_tuples` does the same for the fields
+of NamedTuples such as Batch: arrays must have the annotated shapes, with one size for each letter in
+one tuple.
+"""
+
+import sys
+import typing
+from typing import Any
+
+import jax
+import jaxtyping
+import numpy as np
 from beartype import BeartypeConf, beartype
+from beartype.door import is_bearable
 
 # As in PEP 484, an int is a float.
-check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+_CONF = BeartypeConf(is_pep484_tower=True)
+check = beartype(conf=_CONF)
+
+
+def _is_shape(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray)
+
+
+def _is_shapes(hint: Any) -> bool:
+    """Whether a hint is a shape, or a union with one."""
+    return _is_shape(hint) or any(_is_shape(a) for a in typing.get_args(hint))
+
+
+@jaxtyping.jaxtyped(typechecker=None)
+def _check(made: tuple, hints: dict[str, Any]) -> None:
+    for name, hint in hints.items():
+        value = getattr(made, name)
+        # Trees of specs and of shapes have the same classes; only arrays are looked at.
+        if isinstance(value, np.ndarray | jax.Array) and not is_bearable(value, hint, conf=_CONF):
+            shape = f"{value.dtype}{list(value.shape)}"
+            raise jaxtyping.TypeCheckError(
+                f"{type(made).__name__}.{name} is {shape}, which is not {hint}; the others: "
+                f"{ {n: np.shape(getattr(made, n)) for n in hints if n != name} }"
+            )
+
+
+def check_named_tuples(package: str) -> int:
+    """Checks from now on every NamedTuple of a package's loaded modules; returns their number."""
+    found = {
+        value
+        for name, module in list(sys.modules.items())
+        if name.split(".")[0] == package
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, tuple) and hasattr(value, "_fields")
+        if value.__module__.split(".")[0] == package
+    }
+    count = 0
+    for kind in found:
+        hints = {n: h for n, h in typing.get_type_hints(kind).items() if _is_shapes(h)}
+        if hints and not hasattr(kind, "_unchecked"):
+            kind._unchecked = kind.__new__
+            kind.__new__ = _checked(kind.__new__, hints)
+            count += 1
+    return count
+
+
+def _checked(new: Any, hints: dict[str, Any]) -> Any:
+    def __new__(kind: type, *args: Any, **kwargs: Any) -> Any:
+        made = new(kind, *args, **kwargs)
+        _check(made, hints)
+        return made
+
+    return __new__

@@ -1,10 +1,12 @@
 """Sharded safetensors, read and written in place through memory maps.
 
-The safetensors library reads a tensor into memory of its own and writes a file from tensors that
-are all in memory. Both are what a 16 GB model on a small machine can't afford, so here a tensor
-is a view of its file: the kernel holds the pages, and may drop them, and only what is being
-copied counts. Format: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON
-header, the bytes of all tensors without gaps).
+The safetensors library reads a tensor into memory of its own, and it writes a file from tensors
+that are all in memory. A small machine cannot afford either for a 16 GB model. So here a tensor is
+a view of its file: the kernel holds the pages and may drop them, and only what is being copied
+takes memory.
+
+Format: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, the bytes
+of all tensors without gaps).
 """
 
 import dataclasses
@@ -12,6 +14,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import struct
 from collections.abc import Iterable, Sequence
 from types import TracebackType
@@ -19,11 +22,14 @@ from types import TracebackType
 import ml_dtypes
 import numpy as np
 from etils import epath
+from jaxtyping import Shaped, UInt8
 
 from conversion.errors import ConversionError, listing
 
 INDEX_NAME = "model.safetensors.index.json"
-DEFAULT_MAX_SHARD_BYTES = 5_000_000_000  # what transformers writes
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -43,15 +49,30 @@ _DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-# What a weight may be stored as. Quantised and integer weights would need their scales.
+# The dtypes of weights. Quantised and integer weights would need their scales.
 WEIGHT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
 def weight_dtype(name: str) -> np.dtype:
-    """The numpy dtype of a weight, by name; numpy itself doesn't know "bfloat16"."""
+    """The numpy dtype of a weight by name; numpy itself has no "bfloat16"."""
     if name not in WEIGHT_DTYPES:
         raise ConversionError(f"dtype is {name!r}; it must be one of {', '.join(WEIGHT_DTYPES)}.")
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def parse_shard_size(text: str) -> int:
+    """The bytes of `5GB`, `512MiB` or a plain number of bytes, the value of --max-shard-size."""
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+) *([A-Za-z]*)", text)
+    size = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
+    if not size:
+        raise ConversionError(
+            f"--max-shard-size is {text!r}; it must be a size such as 5GB or 512MiB."
+        )
+    return size
+
+
+DEFAULT_MAX_SHARD_SIZE = "5GB"  # what transformers writes
+DEFAULT_MAX_SHARD_BYTES = parse_shard_size(DEFAULT_MAX_SHARD_SIZE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +180,7 @@ class SafetensorsFolder:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def array(self, name: str) -> np.ndarray:
+    def array(self, name: str) -> Shaped[np.ndarray, "..."]:
         """A read-only view of the tensor in its file."""
         tensor = self.tensors[name]
         if tensor.file not in self._maps:
@@ -167,8 +188,10 @@ class SafetensorsFolder:
         return _view(self._maps[tensor.file], tensor, tensor.offset)
 
 
-def _view(buffer: np.ndarray, spec: TensorSpec, offset: int) -> np.ndarray:
-    # np.ndarray rather than .view(): offsets need not be multiples of the item size.
+def _view(
+    buffer: UInt8[np.ndarray, " buffer"], spec: TensorSpec, offset: int
+) -> Shaped[np.ndarray, "..."]:
+    # np.ndarray instead of .view(), because offsets need not be multiples of the item size.
     return np.ndarray(spec.shape, spec.dtype, buffer=buffer, offset=offset)
 
 
@@ -186,11 +209,11 @@ def _shards(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec
 
 
 class SafetensorsWriter:
-    """Lays out all files of a folder at once and hands out writable views of their tensors.
+    """Lays out all files of a folder at once and returns writable views of their tensors.
 
     The space is allocated at the start, so a full disk is an OSError here and not a bus error
-    when a page is written. The index is written on a clean exit only; the caller makes the
-    folder appear atomically.
+    when a page is written. The index is written only if the block ends without an error; the caller
+    makes the folder appear atomically.
     """
 
     def __init__(
@@ -236,15 +259,15 @@ class SafetensorsWriter:
         with file.open("wb") as f:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(f.fileno(), 0, start + end)
-            f.truncate(start + end)  # elsewhere (macOS) the space is not reserved
+            f.truncate(start + end)  # without posix_fallocate (macOS) the space is not reserved
             f.write(struct.pack("<Q", len(text)) + text)
         mapped = np.memmap(file, np.uint8, "r+")
         self._maps.append(mapped)
         for spec, offset in zip(shard, offsets, strict=True):
             self._views[spec.name] = _view(mapped, spec, start + offset)
 
-    def array(self, name: str) -> np.ndarray:
-        """A view of the tensor in its file; what is assigned to it is written."""
+    def array(self, name: str) -> Shaped[np.ndarray, "..."]:
+        """A writable view of the tensor in its file."""
         return self._views[name]
 
     def __enter__(self) -> "SafetensorsWriter":
@@ -274,12 +297,12 @@ class SafetensorsWriter:
             (self._folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def copy_into(target: np.ndarray, source: np.ndarray) -> None:
-    """`target[...] = source`, casting if the dtypes differ, fast for transposed matrices.
+def copy_into(target: Shaped[np.ndarray, "*shape"], source: Shaped[np.ndarray, "*shape"]) -> None:
+    """`target[...] = source`, with a cast if the dtypes differ; fast for transposed matrices.
 
-    Left alone, numpy copies a transposed 100 MB matrix at 0.35 GB/s on one core; in strips of 64
-    rows of the source both sides stay in the cache, 1.1 GB/s. Same-dtype copies move bits, since
-    numpy's path for bfloat16 goes element by element through a function pointer.
+    One numpy assignment copies a transposed 100 MB matrix at 0.35 GB/s on one core. In strips of 64
+    rows of the source both sides stay in the cache: 1.1 GB/s. Copies within a dtype move bits,
+    because numpy copies bfloat16 element by element through a function pointer.
     """
     if target.dtype == source.dtype:
         bits = np.dtype(f"u{target.dtype.itemsize}")

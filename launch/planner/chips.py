@@ -1,8 +1,8 @@
-"""What a TPU chip can do, by its maker's published figures.
+"""Peak figures of TPU chips, as their maker publishes them.
 
-Source: the tables of cloud.google.com/tpu/docs/v5e, /v5p and /v6e (2026). Interconnect is
-published as the sum of both directions of all links; a chip sends at half of that. `usable` is what
-the compiler (libtpu 0.0.42) leaves to a program, from its own message when one does not fit.
+Source: the tables of cloud.google.com/tpu/docs/v5e, /v5p and /v6e (2026). Interconnect bandwidth is
+published as the sum of both directions of all links; a chip sends at half of that. `usable_bytes`
+is what the compiler (libtpu 0.0.42) leaves to a program, by its message for one that does not fit.
 """
 
 from typing import NamedTuple

@@ -1,8 +1,8 @@
-"""Bytes that a device's collectives send, by kind and by mesh axis, every turn of loops counted.
+"""Bytes that a device's collectives send, by kind and mesh axis; every turn of a loop counts.
 
-A collective over n devices sends at least, whatever its algorithm, with b the bytes of the whole:
-all-gather and reduce-scatter b (n-1)/n, all-reduce twice that, all-to-all b (n-1)/n of what a
-device holds, collective-permute what it holds. A device receives as much.
+With any algorithm a device sends at least this in a collective over n devices (b bytes: the whole
+array): all-gather and reduce-scatter b (n-1)/n, all-reduce twice that, all-to-all (n-1)/n of what
+the device holds, collective-permute all that it holds. It receives the same number of bytes.
 """
 
 import math
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from launch.planner.hlo import Array, Computation, Instruction, Module
 from launch.planner.loops import Runs
@@ -24,23 +25,23 @@ _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
 
 
 class Collective(NamedTuple):
-    """One collective instruction and what a device sends for it in one call of the program."""
+    """One collective instruction, and what a device sends for it in one call of the program."""
 
     name: str
     op_name: str
     kind: str
     axes: tuple[str, ...]  # mesh axes that its groups span
     group: int  # devices of a group
-    shape: str  # of the whole array, as bf16[4096,12288]
+    shape: str  # of the whole array, for example bf16[4096,12288]
     times: int
-    bytes: float  # of all times together
+    bytes: float  # all times together
 
 
-def replica_groups(attributes: str, devices: int) -> np.ndarray | None:
-    """Device numbers [groups, size]; None where the text has none (then all form one group).
+def replica_groups(attributes: str, devices: int) -> Int[np.ndarray, "groups members"] | None:
+    """Device numbers of each group; None if the text has no groups (then all form one group).
 
     Three forms: {{0,1},{2,3}}, [2,2]<=[4] (optionally of a transposed iota), and
-    mesh['a'=2,'b'=2] {'b'}.
+    mesh['a'=2,'b'=2] {'b'}. A permute has pairs of source and target instead.
     """
     mesh = _MESH.search(attributes)
     if mesh:
@@ -62,7 +63,7 @@ def replica_groups(attributes: str, devices: int) -> np.ndarray | None:
     return np.arange(devices)[None] if listed else None
 
 
-def _mesh_groups(found: re.Match[str]) -> np.ndarray:
+def _mesh_groups(found: re.Match[str]) -> Int[np.ndarray, "groups members"]:
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
     names = list(sizes)
     dims, over = list(sizes.values()), []
@@ -71,7 +72,7 @@ def _mesh_groups(found: re.Match[str]) -> np.ndarray:
         if not part:
             over.append(at)
             continue
-        # 'a':(2)4 is a part of the axis: 2 before it, 4 of its own, what is left behind it.
+        # 'a':(2)4 is a part of axis a: 2 devices before it, 4 in it, the rest after it.
         rest = dims[at] // (int(before) * int(part))
         dims[at : at + 1] = [int(before), int(part), rest]
         names[at : at + 1] = [f"{name}/", name, f"/{name}"]
@@ -87,12 +88,12 @@ def _mesh_groups(found: re.Match[str]) -> np.ndarray:
     return ids.reshape(-1, math.prod(dims[k] for k in over))
 
 
-def axes_of(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
+def axes_of(groups: Int[np.ndarray, "groups members"], mesh: Mapping[str, int]) -> tuple[str, ...]:
     """The mesh axes along which devices of a group differ, in the mesh's order.
 
-    Device numbers count through the mesh, the last axis first.
+    Device numbers count through the mesh, the last axis fastest.
     """
-    places = np.stack(np.unravel_index(groups, tuple(mesh.values())), -1)  # groups, size, axis
+    places = np.stack(np.unravel_index(groups, tuple(mesh.values())), -1)  # groups members axes
     differs = (places != places[:, :1]).any((0, 1))
     return tuple(name for name, yes in zip(mesh, differs, strict=True) if yes)
 
@@ -102,23 +103,23 @@ def _text(array: Array) -> str:
 
 
 def _base(opcode: str) -> str | None:
-    """The kind of a collective that starts here; its -done has no bytes of its own."""
+    """The kind of the collective that this opcode starts; a -done has no bytes of its own."""
     kind = opcode.removesuffix("-start")
     return kind if kind in KINDS else None
 
 
-def _goes_on(computation: Computation) -> bool:
-    """Whether it only carries a collective on that began before.
+def _continues(computation: Computation) -> bool:
+    """Whether a computation only continues a collective that started earlier.
 
-    On TPUs a collective may run in steps beside matmuls: in a fusion that starts it, in those of
-    the matmuls, and in one that ends it. Each of them names it.
+    On TPUs a collective may run in steps during matmuls: in a fusion that starts it, in those of
+    the matmuls, and in one that ends it. The collective is in each of them.
     """
     ends = computation.root is not None and "AsyncCollectiveDone" in computation.root.attributes
     return ends or computation.name.startswith("async_collective_fusion")
 
 
 def _sliced(computation: Computation) -> Instruction | None:
-    """The root of a fused all-reduce of which each device keeps a slice: a reduce-scatter."""
+    """The root, if each device keeps a slice of a fused all-reduce: then it is a reduce-scatter."""
     root = computation.root
     return root if root is not None and root.opcode == "dynamic-slice" else None
 
@@ -126,7 +127,7 @@ def _sliced(computation: Computation) -> Instruction | None:
 def _size(
     this: Instruction, where: Computation, kind: str, group: int, fused: bool
 ) -> tuple[str, float, Array]:
-    """(kind, bytes sent, the whole array) of one call."""
+    """(kind, bytes sent, whole array) of one call."""
     inputs = [a for name in this.operands for a in where[name].arrays]
     outputs = [a for a in this.arrays if a.bytes]
     if this.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
@@ -146,7 +147,7 @@ def collectives(module: Module, runs: Runs, mesh: Mapping[str, int]) -> list[Col
     devices, found = math.prod(mesh.values()), []
     for computation in module.computations.values():
         times = runs.times.get(computation.name, 0)
-        if not times or _goes_on(computation):
+        if not times or _continues(computation):
             continue
         for this in computation:
             kind = _base(this.opcode)
@@ -177,16 +178,16 @@ def by_kind_and_axes(rows: Iterable[Collective]) -> dict[tuple[str, str], float]
     return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
-# Axes along which only weights and gradients travel, and the name that the model gives these.
+# Axes along which only weights and gradients travel, and their scope in the model.
 _WEIGHT_AXES = {"data", "fsdp"}
 _WEIGHTS = re.compile(r"\bweights\b")
 
 
 def split(rows: Iterable[Collective]) -> dict[str, list[Collective]]:
-    """Those that move weights and their gradients, and those that move activations.
+    """Splits into collectives of weights (and their gradients) and those of activations.
 
-    By the operation's name where it says `weights`; else by axes: what goes along `data` or `fsdp`
-    can be nothing else. (The compiler drops the names of some.)
+    A collective is of weights if its operation's name has `weights`, or if it runs along `data` or
+    `fsdp`, where nothing else travels. (The compiler drops the names of some operations.)
     """
     found: dict[str, list[Collective]] = {"weights": [], "activations": []}
     for row in rows:

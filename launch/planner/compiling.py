@@ -1,4 +1,4 @@
-"""Compiles in a process of its own: a compiler that gives up ends it, and libtpu stays there."""
+"""Compiles in a process of its own: a compiler that fails ends that process, and no other."""
 
 import json
 import os
@@ -11,9 +11,9 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from launch.accelerators import LaunchError, Tpu
-from launch.planner.environment import for_compiling
-from ov2_jax.core.errors import ConfigError, UserError
+from launch.accelerators import Tpu
+from launch.planner.libtpu import compile_environment
+from ov2_jax.core.errors import UserError
 
 _LIMIT_S = 3600.0
 _OWN = ("out", "search", "nosearch", "candidates")  # flags that only launch.plan has
@@ -21,11 +21,11 @@ _SWITCHES = ("search", "nosearch")
 
 
 class CompileError(UserError):
-    """A program that could not be compiled; the message is one sentence."""
+    """The compiling process failed; one sentence."""
 
 
 def shared_arguments(argv: Sequence[str]) -> list[str]:
-    """Of launch.plan's arguments those that the compiling process takes as well."""
+    """The arguments of launch.plan that launch.planner.measure takes as well."""
     kept, skip = [], False
     for argument in argv:
         name, equals, _ = argument.lstrip("-").partition("=")
@@ -38,8 +38,11 @@ def shared_arguments(argv: Sequence[str]) -> list[str]:
     return kept
 
 
-def measure(tpu: Tpu, arguments: Sequence[str]) -> dict[str, Any]:
-    """Runs launch.planner.measure; raises the error that it reports, CompileError if it dies."""
+def run_in_process(tpu: Tpu, arguments: Sequence[str]) -> dict[str, Any]:
+    """Runs launch.planner.measure and returns its result.
+
+    Raises the UserError that it reports, or CompileError if the process dies.
+    """
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         result = pathlib.Path(folder) / "result.json"
         command = [sys.executable, "-m", "launch.planner.measure", f"--result={result}"]
@@ -47,7 +50,7 @@ def measure(tpu: Tpu, arguments: Sequence[str]) -> dict[str, Any]:
         with log.open("wb") as file:
             process = subprocess.Popen(
                 [*command, *arguments],
-                env=for_compiling(tpu, os.environ),
+                env=compile_environment(tpu, os.environ),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
@@ -63,15 +66,15 @@ def measure(tpu: Tpu, arguments: Sequence[str]) -> dict[str, Any]:
             raise CompileError(_reason(status, log.read_text(errors="replace")))
         found = json.loads(result.read_text())
     if "error" in found:
-        kinds = {kind.__name__: kind for kind in (ConfigError, LaunchError)}
-        raise kinds[found["error"]["kind"]](found["error"]["message"])
+        kinds = {kind.__name__: kind for kind in UserError.__subclasses__()}
+        raise kinds.get(found["error"]["kind"], CompileError)(found["error"]["message"])
     return found
 
 
 def _reason(status: int, log: str) -> str:
     ended = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    # An exception, or a line of the compiler's that says why it ended. JAX adds some behind these.
-    said = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b|FATAL |F\d{4} ", line)]
-    last = (said or lines or ["it said nothing"])[-1]
+    # An exception, or a line in which the compiler gives its reason. JAX prints more after these.
+    reasons = [x for x in lines if re.match(r"[\w.]*(Error|Exception)\b|FATAL |F\d{4} ", x)]
+    last = (reasons or lines or ["it printed nothing"])[-1]
     return f"The compiling process {ended}: {last[:400]}"

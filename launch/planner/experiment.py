@@ -1,4 +1,4 @@
-"""The experiment that is planned: a config's, without the data and checkpoint of a run."""
+"""The experiment of a plan: a config's, without the data and checkpoint of a run."""
 
 from ml_collections import ConfigDict
 
@@ -7,10 +7,10 @@ from ov2_jax.config.build import experiment_from
 from ov2_jax.config.experiment import Experiment
 
 
-def planned_experiment(config: ConfigDict) -> Experiment:
+def experiment_to_plan(config: ConfigDict) -> Experiment:
     """Checks a config and builds its experiment; raises ConfigError.
 
-    A plan reads no sample and no parameter, so none has to be named.
+    The planner reads no sample and no parameter, so the config need not name any.
     """
     config = config.copy_and_resolve_references()
     with config.unlocked(), config.ignore_type():
@@ -24,7 +24,7 @@ def planned_experiment(config: ConfigDict) -> Experiment:
     return experiment_from(config, needs_workdir=False)
 
 
-def check(experiment: Experiment, tpu: Tpu) -> None:
-    """Raises ConfigError where a config cannot work on a slice, before minutes go by."""
+def check_slice(experiment: Experiment, tpu: Tpu) -> None:
+    """Raises ConfigError if an experiment cannot work on a slice, before a compile of minutes."""
     experiment.pack.check(experiment.model)
     experiment.check_mesh(experiment.mesh.sizes(tpu.chips), 1)

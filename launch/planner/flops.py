@@ -1,9 +1,9 @@
-"""Matmul FLOPs of a compiled program, a device's own, every turn of its loops counted.
+"""Matmul FLOPs of a compiled program on one device; every turn of a loop counts.
 
-Multiply-adds count 2. A `dot` costs 2 x result x contracted sizes. TPU programs have convolutions
+A multiply-add counts 2. A `dot` costs 2 x result x contracted sizes. TPU programs have convolutions
 instead, in which a batch axis of a matmul may be a spatial axis with a window that is mostly
 dilation and padding: only positions that meet an element count, as in XLA's own cost analysis.
-Everything elementwise, which matmuls hide, is left out.
+Elementwise operations are left out, because matmuls hide them.
 """
 
 import functools
@@ -20,18 +20,18 @@ _GROUPS = re.compile(r"(feature|batch)_group_count=(\d+)")
 _COST = re.compile(r'"flops":\s*"?(\d+(?:\.\d+)?(?:e\+?\d+)?)"?')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 
-# Marks in the names of operations: attention is counted from its kernel's grid, apart from matmuls.
+# Operations of attention, which is counted apart from matmuls, by its kernel's grid.
 ATTENTION = re.compile(r"\battention\b|splash|bqjhd,bkjd->bjhqk|bjhqk,bkjd->bqjhd")
 
 
 class Matmul(NamedTuple):
-    """A matmul instruction, or a custom call, and what it costs in one call of the program."""
+    """A matmul instruction or a custom call, and its cost in one call of the program."""
 
     name: str
     op_name: str
-    shape: str  # of the result, as bf16[4096,12288]
+    shape: str  # of the result, for example bf16[4096,12288]
     times: int
-    flops: float  # of all times together
+    flops: float  # all times together
     kernel: bool = False  # a custom call
 
     @property
@@ -64,7 +64,7 @@ def _dot(where: Computation, this: Instruction) -> int:
 def _meetings(
     size: int, window: int, stride: int, low: int, high: int, base: int, dilation: int
 ) -> int:
-    """Pairs of an output and a window position of one spatial axis that meet an element.
+    """Pairs of an output and a window position, of one spatial axis, that meet an element.
 
     `base` dilates the input, `dilation` the window.
     """
@@ -73,7 +73,7 @@ def _meetings(
     outputs = (low + dilated + high - span) // stride + 1
     count = 0
     for position in range(window):
-        # Outputs o with  0 <= o * stride + position * dilation - low < dilated  and on an element.
+        # Outputs o with 0 <= o * stride + position * dilation - low < dilated, on an element.
         shift = position * dilation - low
         first = max(0, -(shift // stride) if shift < 0 else 0)
         last = min(outputs - 1, (dilated - 1 - shift) // stride)
@@ -127,7 +127,8 @@ def _convolution(where: Computation, this: Instruction) -> int:
 def matmuls(module: Module, runs: Runs) -> list[Matmul]:
     """Every dot, convolution and kernel that runs, the costliest first.
 
-    A kernel (a custom call that is not the compiler's own) has the FLOPs that it states, or 0.
+    A kernel is a custom call that is not the compiler's own. It counts the FLOPs that it states, or
+    0 if it states none.
     """
     found = []
     for computation in module.computations.values():

@@ -1,12 +1,12 @@
 """An optimized HLO program as data, read from its text in one pass.
 
-XLA has no stable API for compiled programs in Python, but its text form is one instruction a line
-(only the attributes of kernels may go on over further lines):
+XLA has no stable Python API for compiled programs, but its text has one instruction per line (only
+the attributes of kernels may continue on further lines):
 
     [ROOT] %name = TYPE opcode(%operand, ...), attribute=value, ..., metadata={...}
 
 and a computation is a header line that ends in `{`, its instructions, and a line `}`. Computations
-come before those that use them, the entry last, with an empty line behind each.
+come before those that use them, the entry last, with an empty line after each.
 """
 
 import math
@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Bits of an element; anything else (token, opaque, s32 synchronisation flags) holds no data.
+# Bits of an element; all else (token, opaque, s32 synchronisation flags) holds no data.
 _BITS = {"pred": 8, "c64": 64, "c128": 128}
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<= ]*)\](?:\{[^}]*?S\((\d+)\)\})?")
 _PARENTHESIS = re.compile(r"[()]")
@@ -35,7 +35,7 @@ def _bits(dtype: str) -> int:
 
 
 class Array(NamedTuple):
-    """The type of an array; memory space 0 is HBM, others lie on the chip or are flags."""
+    """The type of an array; memory space 0 is HBM, others are on the chip or are flags."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -56,8 +56,8 @@ class Instruction(NamedTuple):
     opcode: str
     arrays: tuple[Array, ...]  # of its result, tuples flattened
     operands: tuple[str, ...]
-    inside: str  # the text between its parentheses: of a constant its value
-    attributes: str  # what follows, with metadata and backend_config
+    inside: str  # the text between its parentheses; a constant's value
+    attributes: str  # the text after them, with metadata and backend_config
 
     @property
     def bytes(self) -> int:
@@ -65,7 +65,7 @@ class Instruction(NamedTuple):
 
     @property
     def op_name(self) -> str:
-        """Where in the Python program it comes from; the compiler does not keep it everywhere."""
+        """Where it comes from in the Python program; empty if the compiler dropped the name."""
         found = _OP_NAME.search(self.attributes)
         return found[1] if found else ""
 
@@ -75,7 +75,7 @@ class Instruction(NamedTuple):
         return found[1] if found else None
 
     def called(self) -> list[str]:
-        """Computations that run once when this does (a while loop's are for `loops`)."""
+        """Computations that run once for each run of this (`loops` handles those of a while)."""
         if self.opcode in ("fusion", "call", "call-start", "custom-call", "async-start"):
             found = _CALLS.findall(self.attributes)
         elif self.opcode == "conditional":
@@ -88,7 +88,7 @@ class Instruction(NamedTuple):
 
 
 class Computation:
-    """Instructions by name, in the order in which they are printed (and, scheduled, run)."""
+    """Instructions by name, in the order of the text, which is the order of the schedule."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -107,12 +107,12 @@ class Computation:
 
 
 class Module(NamedTuple):
-    computations: dict[str, Computation]  # those that are used before those that use them
+    computations: dict[str, Computation]  # each after those that it uses
     entry: str
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """The position where the parenthesis that opens at `start` closes."""
     depth = 0
     for found in _PARENTHESIS.finditer(text, start):
         depth += 1 if found[0] == "(" else -1
@@ -143,7 +143,7 @@ def _instruction(line: str, start: re.Match[str]) -> Instruction:
 
 
 def parse(text: str) -> Module:
-    """Raises ValueError where the text has no entry computation."""
+    """Raises ValueError if the text has no entry computation."""
     computations: dict[str, Computation] = {}
     entry, current = None, None
     lines = text.splitlines()
@@ -161,7 +161,7 @@ def parse(text: str) -> Module:
             current.instructions[instruction.name] = instruction
             current.root = instruction if start[1] else current.root
         elif current.instructions:
-            # The attributes of a kernel go on over several lines.
+            # A kernel's attributes continue on this line.
             _, last = current.instructions.popitem()
             longer = last._replace(attributes=f"{last.attributes}\n{line}")
             current.instructions[last.name] = longer

@@ -1,8 +1,8 @@
 """How often each computation of a program runs.
 
-A loop's trip count is in its backend_config on some backends (`known_trip_count`). Otherwise it
-follows from the counter: where it starts, what the body adds, what the condition compares it with.
-What cannot be told is reported, and counted once.
+On some backends a loop's trip count is in its backend_config (`known_trip_count`). Otherwise it
+follows from the counter: its start, what the body adds, and the bound in the condition. A loop of
+unknown trip count is reported, and its body is counted once.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from launch.planner.hlo import Computation, Instruction, Module
 
 _KNOWN = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"?(\d+)"?')
-# What hands its operand's value on.
+# Operations whose result is their operand's value.
 _SAME = {"copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "optimization-barrier"}
 
 
@@ -23,7 +23,7 @@ class Runs(NamedTuple):
     times: dict[str, int]
     fused: frozenset[str]  # computations inside fusions: their values never reach memory
     trips: dict[str, int | None]  # by the name of the while instruction
-    notes: list[str]  # what could not be told
+    notes: list[str]  # for the report: loops and branches that could not be counted exactly
 
 
 class _Value(NamedTuple):
@@ -41,10 +41,10 @@ def _resolve(
     element: int | None = None,
     depth: int = 0,
 ) -> _Value | None:
-    """A scalar as the loop's state has it; None where it is something else.
+    """Expresses a scalar by an element of the loop's state; None if that is not possible.
 
-    `arguments` are the values of a fusion's operands, None in the loop's own computation, where
-    parameter 0 is the state. `element` picks one of a fusion's results.
+    `arguments` are the values of a fusion's operands. They are None in the loop's own computation,
+    whose parameter 0 is the state. `element` picks one of a fusion's results.
     """
     if depth > 40:
         return None
@@ -97,7 +97,7 @@ def _resolve(
 def _comparison(
     module: Module, condition: Computation
 ) -> tuple[str, _Value | None, _Value | None] | None:
-    """(direction, left, right) of what a condition compares."""
+    """(direction, left, right) of a condition's comparison."""
     root, where, arguments = condition.root, condition, None
     while root is not None and root.opcode == "fusion":
         arguments = [_resolve(module, where, operand, arguments) for operand in root.operands]
@@ -112,7 +112,7 @@ def _comparison(
 
 
 def trip_count(module: Module, where: Computation, loop: Instruction) -> int | None:
-    """Turns of a while loop, or None where the text does not say."""
+    """Turns of a while loop, or None if the text does not determine them."""
     known = _KNOWN.search(loop.attributes)
     if known:
         return int(known[1])
@@ -132,7 +132,7 @@ def trip_count(module: Module, where: Computation, loop: Instruction) -> int | N
     step = _step(module, body, left.element)
     start = _start(module, where, loop, left.element)
     limit = right.plus
-    if right.element is not None:  # a bound that the state carries along
+    if right.element is not None:  # the bound is an element of the state
         fixed = _start(module, where, loop, right.element)
         if fixed is None or _moves(module, body, right.element):
             return None
@@ -183,7 +183,7 @@ def _start(module: Module, where: Computation, loop: Instruction, element: int) 
 
 
 def runs(module: Module) -> Runs:
-    """Walks from the entry down; every computation is looked at once."""
+    """Walks from the entry down; visits every computation once."""
     times: dict[str, int] = defaultdict(int)
     times[module.entry] = 1
     fused: set[str] = set()
@@ -200,8 +200,8 @@ def runs(module: Module) -> Runs:
                 if turns is None:
                     turns = 1
                     notes.append(
-                        f"The turns of the loop {this.name} ({this.op_name or 'unnamed'}) could "
-                        "not be told; its body is counted once."
+                        f"The trip count of the loop {this.name} ({this.op_name or 'unnamed'}) is "
+                        "unknown; its body is counted once."
                     )
                 times[this.attribute("body") or ""] += count * turns
                 times[this.attribute("condition") or ""] += count * (turns + 1)
@@ -210,7 +210,7 @@ def runs(module: Module) -> Runs:
             if this.opcode == "conditional" and called:
                 notes.append(
                     f"Each branch of the conditional {this.name} ({this.op_name or 'unnamed'}) is "
-                    "counted as if it were always taken."
+                    "counted as if it always ran."
                 )
             for name in called:
                 times[name] += count

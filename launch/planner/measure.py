@@ -2,8 +2,8 @@
 
     python -m launch.planner.measure --config=... --topology=v5p:4x4x8 --result=FILE
 
-launch.plan starts it with the right environment, as a compiler that gives up ends its process. The
-result is JSON: what was counted, or {"error": {"kind": class, "message": sentence}}.
+launch.plan starts it with the right environment, because a compiler that fails ends its process.
+The result is JSON: the counts, or {"error": {"kind": class, "message": sentence}}.
 """
 
 import json
@@ -18,32 +18,33 @@ import jax
 from absl import flags, logging
 from jax.experimental import topologies
 
-from launch.accelerators import LaunchError, Tpu, parse_accelerator
+from launch.accelerators import Tpu, parse_accelerator
+from launch.errors import LaunchError
 from launch.planner import collectives, flops, hlo, loops, memory, traffic, work
 from launch.planner.chips import CHIPS
-from launch.planner.experiment import planned_experiment
+from launch.planner.experiment import experiment_to_plan
 from ov2_jax.config.experiment import Experiment
-from ov2_jax.core.errors import ConfigError
+from ov2_jax.core.errors import UserError
 from ov2_jax.core.program import Given, run
 from ov2_jax.sharding.mesh import make_mesh
 from ov2_jax.training.feed import make_feed
 from ov2_jax.training.program import abstract_batch, lower_train_step
 from ov2_jax.training.start import abstract_train_state
 
-_ROWS = 24  # of the lists of what costs most
+_ROWS = 24  # length of each list of the costliest
 
 
 class Compiled(NamedTuple):
-    """A program that was compiled."""
+    """A program as the compiler left it."""
 
     text: str
-    stats: Any  # the compiler's memory analysis; None where the program does not fit
+    stats: Any  # the compiler's memory analysis; None if the program does not fit
     reason: str | None  # why it does not fit
     seconds: float
 
 
 def compile_program(lowered: jax.stages.Lowered, folder: pathlib.Path) -> Compiled:
-    """Compiles, with a dump in `folder`: of a program that does not fit there is nothing else."""
+    """Compiles with a dump in `folder`, which is all there is of a program that does not fit."""
     options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
     start = time.perf_counter()
     try:
@@ -61,12 +62,12 @@ def compile_program(lowered: jax.stages.Lowered, folder: pathlib.Path) -> Compil
 def _dumped(folder: pathlib.Path, end: str) -> pathlib.Path:
     found = sorted(folder.glob(f"*.{end}"), key=lambda path: path.stat().st_size)
     if not found:
-        raise LaunchError(f"the compiler left no {end} behind; this libtpu works otherwise.")
-    return found[-1]  # small helper programs have dumps of their own
+        raise LaunchError(f"the compiler wrote no {end}; this version of libtpu is not supported.")
+    return found[-1]  # the largest: small helper programs have dumps of their own
 
 
-def measure(experiment: Experiment, tpu: Tpu, **filling: int | None) -> dict[str, Any]:
-    """Everything that is counted for a config on a topology, as plain data."""
+def count_program(experiment: Experiment, tpu: Tpu, **filling: int | None) -> dict[str, Any]:
+    """Compiles the train step for a slice; returns its memory and all counts as plain data."""
     start = time.perf_counter()
     name = f"{tpu.version}:{tpu.topology}"
     devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
@@ -90,18 +91,18 @@ def measure(experiment: Experiment, tpu: Tpu, **filling: int | None) -> dict[str
         "trace_seconds": traced,
         "compile_seconds": compiled.seconds,
         "memory": memory_of(compiled, held, state, batch, CHIPS[tpu.version].usable_bytes),
-        **counts(experiment, module, dict(mesh.shape), state.params, **filling),
+        **count_module(experiment, module, dict(mesh.shape), state.params, **filling),
     }
 
 
-def counts(
+def count_module(
     experiment: Experiment,
     module: hlo.Module,
     mesh: Mapping[str, int],
     params: Any,
     **filling: int | None,
 ) -> dict[str, Any]:
-    """What a program does in a step, next to what the experiment needs."""
+    """What a compiled program does in a step, and what the experiment needs."""
     runs = loops.runs(module)
     return {
         "chips": math.prod(mesh.values()),
@@ -119,7 +120,7 @@ def counts(
 def memory_of(
     compiled: Compiled, held: memory.Allocations, state: Any, batch: Any, usable: float
 ) -> dict[str, Any]:
-    """HBM by kind; what the compiler says of the whole, shapes and its list of buffers of parts."""
+    """HBM by kind. The whole is the compiler's figure; parts follow from shapes and its buffers."""
     stats = compiled.stats
     buffers = held.arguments + held.temporaries + held.other
     if stats is None:
@@ -215,10 +216,10 @@ def _define_flags() -> None:
 def main(given: Given) -> None:
     try:
         tpu = parse_accelerator(given.topology)
-        result = measure(
-            planned_experiment(given.config), tpu, sample=given.sample, window=given.window
+        result = count_program(
+            experiment_to_plan(given.config), tpu, sample=given.sample, window=given.window
         )
-    except (ConfigError, LaunchError) as e:
+    except UserError as e:  # launch.plan raises it again
         result = {"error": {"kind": type(e).__name__, "message": str(e)}}
     pathlib.Path(given.result).write_text(json.dumps(result))
 

@@ -1,8 +1,8 @@
-"""What lies in a chip's HBM while the step runs, by kind.
+"""The contents of a chip's HBM while the step runs, by kind.
 
-Arguments (parameters, moments, the batch) follow from the state's shapes. What the compiler adds is
-one heap, whose buffers it lists in a dump; they are told apart by shape: a stack of a parameter's
-shape is a gradient, any other stack over the layers is what they keep for the backward pass.
+Arguments (parameters, moments, the batch) follow from the state's shapes. The compiler adds one
+heap and lists its buffers in a dump. Their shapes give their kind: a stack of a parameter's shape
+is a gradient; any other stack over the layers is kept by them for the backward pass.
 """
 
 import math
@@ -19,11 +19,11 @@ _ALLOCATION = re.compile(r"allocation \d+: size (\d+), (.*):$")
 _VALUE = re.compile(
     r" value: <\d+ ([^ {]+)(\{[\d,]*\})?(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)$"
 )
-_SMALL = 2**20  # buffers below are summed up
+_SMALL = 2**20  # smaller buffers are not listed
 
 
 class Buffer(NamedTuple):
-    """A place in the heap, by the largest value that lies there at some time."""
+    """A place in the heap, described by the largest value that is ever there."""
 
     bytes: int
     shape: str
@@ -36,8 +36,8 @@ class Allocations(NamedTuple):
 
     arguments: int
     temporaries: int
-    other: int  # results that are no donated arguments, constants
-    heap: list[Buffer]  # of the temporaries, the largest first; together no more than they are
+    other: int  # constants, and results that are no donated arguments
+    heap: list[Buffer]  # places in the temporaries, the largest first; their sum is not larger
 
 
 class _Value(NamedTuple):
@@ -56,7 +56,7 @@ def _read(path: pathlib.Path) -> tuple[dict[str, int], list[_Value]]:
             found = _ALLOCATION.match(line)
             heap = False
             if found is None or "color" in found[2] or "thread-local" in found[2]:
-                continue  # on the chip, or no memory of its own
+                continue  # on the chip, or without memory of its own
             heap = "preallocated-temp" in found[2]
             kind = "temporaries" if heap else "arguments" if "parameter" in found[2] else "other"
             total[kind] += int(found[1])
@@ -68,7 +68,7 @@ def _read(path: pathlib.Path) -> tuple[dict[str, int], list[_Value]]:
 
 
 def _cover(values: Iterable[_Value]) -> list[list[_Value]]:
-    """Places that do not overlap, the largest first; each with the values of its size there."""
+    """Places that do not overlap, the largest first, each with the values of its size."""
     places: list[list[_Value]] = []
     taken: dict[tuple[int, int], list[_Value]] = {}
     for value in sorted(values, key=lambda v: (-v.size, v.offset)):
@@ -90,7 +90,7 @@ def _plain(shape: str) -> str:
 
 
 def _origin(name: str, instructions: Mapping[str, Instruction]) -> str:
-    """The operation that a value comes from; the compiler's own copies are followed back."""
+    """The operation that a value comes from, found through the compiler's own copies."""
     for _ in range(8):
         this = instructions.get(name)
         if this is None or this.op_name or not this.operands:
@@ -100,7 +100,7 @@ def _origin(name: str, instructions: Mapping[str, Instruction]) -> str:
 
 
 def local_shapes(tree: Any) -> list[tuple[tuple[int, ...], int]]:
-    """(shape, bytes) of what a device holds of each leaf."""
+    """(shape, bytes) of a device's part of each leaf."""
     found = []
     for leaf in jax.tree.leaves(tree):
         shape = leaf.sharding.shard_shape(leaf.shape)
@@ -109,12 +109,12 @@ def local_shapes(tree: Any) -> list[tuple[tuple[int, ...], int]]:
 
 
 def local_bytes(tree: Any) -> int:
-    """What a device holds of a tree, without the padding of tiles."""
+    """Bytes of a device's part of a tree, without the padding of tiles."""
     return sum(size for _, size in local_shapes(tree))
 
 
 def allocations(dump: pathlib.Path, module: Module, params: Any, layers: set[int]) -> Allocations:
-    """From the compiler's dump of its buffer assignment; `layers` are lengths of layer stacks."""
+    """Reads the compiler's dump of its buffer assignment; `layers`: lengths of layer stacks."""
     total, values = _read(dump)
     instructions = {i.name: i for c in module.computations.values() for i in c}
     weights = {shape for shape, _ in local_shapes(params) if len(shape) > 1}

@@ -1,8 +1,8 @@
-"""What was measured, put next to what is needed and what the chip can do.
+"""The plan: counts of a compiled program next to what is needed and what the chip can do.
 
-Bounds are of a step, in seconds: compute at the chip's peak, HBM and the interconnect at their
-published bandwidth, all links busy. A step takes at least the longest of them, which bounds the MFU
-(model FLOPs over what the chips could do in that time); where nothing overlaps it takes their sum.
+Bounds are seconds of a step: compute at the chip's peak, HBM and interconnect at their published
+bandwidth with all links busy. A step takes at least the longest of them, which bounds the MFU
+(model FLOPs over what the chips could do in that time). If nothing overlaps it takes their sum.
 """
 
 from collections.abc import Mapping
@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 from launch.accelerators import parse_accelerator
 from launch.planner.chips import CHIPS, Chip
 
-RATES = (0.4, 0.5)  # of the peak, for which throughput is told
+RATES = (0.4, 0.5)  # shares of the peak for which throughput is reported
 _DAY = 86400.0
 
 
 class Ratio(NamedTuple):
-    """What is done against what would do; both a step, in the unit that `what` says."""
+    """Work done by the program and work needed, both of a step in one unit."""
 
     done: float
     needed: float
@@ -32,12 +32,12 @@ def _ratio(done: float, needed: float) -> dict[str, float | None]:
 
 
 def report(measured: Mapping[str, Any], title: str, command: str) -> dict[str, Any]:
-    """The whole plan as plain data: `measured` (of planner/measure.py) and what follows from it."""
+    """The plan as plain data: `measured` (by measure.count_program) and what follows from it."""
     chip = CHIPS[parse_accelerator(measured["topology"]).version]
     chips, work, flops = measured["chips"], measured["work"], measured["flops"]
     attention_model = sum(work["attention"].values())
     model = sum(work["matmuls"].values()) + attention_model
-    # Attention of the plain path is in the program's matmuls; kernels are counted from their grid.
+    # Attention without a kernel is in the program's matmuls; kernels are counted by their grid.
     has_kernels = any(k["attention"] for k in flops["kernels"])
     attention = flops["attention"] * chips
     if has_kernels:
@@ -106,13 +106,13 @@ def _assumptions(measured: Mapping[str, Any], has_kernels: bool) -> list[str]:
     found = [
         f"Every slot is filled: text rows with samples of {fill['sample']:,} tokens, vision rows "
         f"with windows of {fill['window']:,} patches (--sample, --window). A clip is "
-        f"{fill['clip']:,} patches, the longest that the config lets through.",
-        "HBM traffic is estimated from the program's instructions; the interconnect's bound has "
-        "all links of a chip busy. Neither is measured.",
+        f"{fill['clip']:,} patches, the longest that the config allows.",
+        "HBM traffic is estimated from the program's instructions; the bound by the interconnect "
+        "assumes that all links of a chip are busy. Neither is measured.",
     ]
     if has_kernels:
         found.append(
-            "Attention kernels are counted from the blocks of scores that they visit for these "
+            "Attention kernels are counted by the blocks of scores that they visit for these "
             "samples and windows."
         )
     return found

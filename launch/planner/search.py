@@ -6,22 +6,26 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from launch.accelerators import LaunchError, Tpu
-from launch.planner.experiment import check
+from launch.accelerators import Tpu
+from launch.errors import LaunchError
+from launch.planner.experiment import check_slice
 from ov2_jax.config.compute import REMAT_POLICIES
 from ov2_jax.config.experiment import Experiment
 from ov2_jax.core.errors import ConfigError
 from ov2_jax.sharding.mesh import MeshConfig
 
-# No more than this along axes that exchange activations in every layer.
+# The largest sizes to try of axes that exchange activations in every layer.
 _LARGEST = {"expert": 16, "context": 16, "tensor": 8}
 
 
 class Candidate(NamedTuple):
+    """A mesh and a remat policy to compile."""
+
     mesh: dict[str, int]
     remat: str
 
     def arguments(self) -> list[str]:
+        """The command line's overrides of the config."""
         sizes = [f"--config.mesh.{axis}={size}" for axis, size in self.mesh.items()]
         return [*sizes, f"--config.compute.remat={self.remat}"]
 
@@ -31,7 +35,7 @@ class Candidate(NamedTuple):
 
 
 def _meshes(experiment: Experiment, tpu: Tpu) -> Iterator[dict[str, int]]:
-    """Sizes that multiply to the slice's chips; fsdp takes what the others leave."""
+    """Sizes whose product is the slice's chips; fsdp takes what the other axes leave."""
     axes = [f.name for f in dataclasses.fields(MeshConfig)]
     free = [axis for axis in axes if axis in _LARGEST]
     if not experiment.model.text.num_experts:
@@ -44,16 +48,16 @@ def _meshes(experiment: Experiment, tpu: Tpu) -> Iterator[dict[str, int]]:
 
 
 def candidates(experiment: Experiment, tpu: Tpu, most: int) -> tuple[list[Candidate], int]:
-    """Those to compile, the likeliest first, and how many more could work.
+    """Candidates to compile, the likeliest first, and how many more could work.
 
-    A mesh that exchanges fewer activations comes first, on it the policy that keeps least: it is
-    the one that fits if any does.
+    Meshes that exchange fewer activations come first. For each mesh the remat policy that keeps
+    least comes first: if any policy fits, that one does. Raises LaunchError if no mesh works.
     """
     found = []
     for mesh in _meshes(experiment, tpu):
         config = dataclasses.replace(experiment.mesh, **mesh)
         try:
-            check(dataclasses.replace(experiment, mesh=config), tpu)
+            check_slice(dataclasses.replace(experiment, mesh=config), tpu)
         except ConfigError:
             continue
         found.append(mesh)
@@ -69,7 +73,7 @@ def candidates(experiment: Experiment, tpu: Tpu, most: int) -> tuple[list[Candid
 
 
 def rank(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that fit first, the quickest of them on top; then what does not fit, then failures."""
+    """Rows that fit, the quickest first; then those that do not fit, then failures."""
 
     def key(row: Mapping[str, Any]) -> tuple[int, float]:
         if row.get("error"):

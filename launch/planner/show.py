@@ -38,7 +38,7 @@ def seconds(value: float) -> str:
 
 
 def amount(value: float) -> str:
-    """Thousands and up whole; small numbers with what matters of them."""
+    """Numbers from 100 as integers, smaller ones with three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -63,7 +63,7 @@ def verdict(plan: Mapping[str, Any]) -> str:
     word = "fits" if memory["fits"] else "does not fit"
     text = f"{word}: buffers {gib(memory['buffers'])} of the {gib(memory['usable'])} that a program"
     if memory["total"] > memory["buffers"]:
-        return f"{text} may use, {gib(memory['total'])} with all that is reserved"
+        return f"{text} may use, {gib(memory['total'])} with everything reserved"
     return f"{text} may use"
 
 
@@ -118,8 +118,8 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     )
     ceiling = plan["mfu_ceiling"]
     console.print(
-        f"MFU at most {ceiling:.1%} where all of it overlaps, "
-        f"{plan['mfu_without_overlap']:.1%} where nothing does\n"
+        f"MFU at most {ceiling:.1%} if everything overlaps, "
+        f"{plan['mfu_without_overlap']:.1%} if nothing does\n"
     )
     rows = [
         [
@@ -155,7 +155,7 @@ def html(plan: Mapping[str, Any]) -> str:
 
 
 def write(plan: Mapping[str, Any], folder: pathlib.Path) -> list[pathlib.Path]:
-    """plan.json and plan.html, each replaced whole."""
+    """Writes plan.json and plan.html, each in one step."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, text in (("plan.json", json.dumps(plan, indent=1)), ("plan.html", html(plan))):

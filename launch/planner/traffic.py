@@ -1,16 +1,16 @@
-"""Bytes that a program moves between HBM and the chip, an estimate from its instructions.
+"""Bytes that a program moves between HBM and the chip, estimated from its instructions.
 
-Every instruction outside of fusions reads its operands and writes its result once, as far as these
-lie in HBM. Where a fusion only takes a slice of an operand (a layer of a stack) the slice counts,
-and where it puts one into its result, what it puts. Caches within a kernel, and kernels that read
-an operand several times, are not seen: the truth lies somewhat above.
+Every instruction outside of fusions reads its operands and writes its result once, if these are in
+HBM. If a fusion only takes a slice of an operand (a layer of a stack), the slice counts; if it
+updates a slice of its result, the update counts. Kernels that read an operand several times are not
+seen, so the true number is somewhat higher.
 """
 
 from launch.planner.collectives import KINDS
 from launch.planner.hlo import Computation, Instruction, Module
 from launch.planner.loops import Runs
 
-# What moves nothing, or is counted where its work happens.
+# Operations that move nothing, or whose work is counted in the computations that they call.
 _FREE = {
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional"),
     *("call", "after-all", "partition-id", "replica-id", "iota", "optimization-barrier"),
@@ -31,7 +31,7 @@ def _users(computation: Computation) -> dict[str, list[Instruction]]:
 
 
 def _read(parameter: Instruction, users: dict[str, list[Instruction]]) -> int:
-    """What a fusion reads of a parameter: of one that it only slices, the slices."""
+    """Bytes that a fusion reads of a parameter: the slices, if it only takes slices of it."""
     whole, total = _hbm(parameter), 0
     if not whole:
         return 0
@@ -44,7 +44,7 @@ def _read(parameter: Instruction, users: dict[str, list[Instruction]]) -> int:
         elif this.opcode == "dynamic-update-slice" and this.operands[0] in seen:
             continue  # written in place
         elif this.opcode in ("tuple", "custom-call", *KINDS):
-            continue  # handed on; a collective counts where it starts
+            continue  # passed on; a collective counts at its start
         elif this.opcode == "bitcast":
             seen.add(this.name)
             waiting += users.get(this.name, [])
@@ -54,11 +54,11 @@ def _read(parameter: Instruction, users: dict[str, list[Instruction]]) -> int:
 
 
 def _written(root: Instruction, where: Computation) -> int:
-    """What a fusion writes: of a dynamic-update-slice in place, the update."""
+    """Bytes that a fusion writes: the update, if it updates a slice in place."""
     while root.opcode == "bitcast" and root.operands[0] in where.instructions:
         root = where[root.operands[0]]
     if root.opcode == "parameter":
-        return 0  # handed on
+        return 0  # passed on
     if root.opcode == "tuple":
         return sum(_written(where[name], where) for name in root.operands)
     if root.opcode == "dynamic-update-slice":
@@ -91,7 +91,7 @@ def _moved(this: Instruction, where: Computation, module: Module) -> int:
 
 
 def hbm_bytes(module: Module, runs: Runs) -> float:
-    """Of one call of the program, on a device."""
+    """HBM bytes of one call of the program, on one device."""
     total = 0.0
     for computation in module.computations.values():
         times = runs.times.get(computation.name, 0)

@@ -1,8 +1,8 @@
-"""What a step of a recipe needs, whatever is compiled: model FLOPs, kernel FLOPs of attention, and
-the least bytes that its collectives can send.
+"""What a step of a recipe needs, whatever is compiled: model FLOPs, FLOPs of attention kernels, and
+the fewest bytes that its collectives can send.
 
-The planner has no data. It assumes that every slot is filled, with samples and windows of one
-length (`Filling`), which the report states.
+The planner has no data. It assumes that every slot is filled with samples and windows of one length
+(`Filling`), which the report states.
 """
 
 import dataclasses
@@ -15,28 +15,25 @@ import numpy as np
 
 from ov2_jax.config.experiment import Experiment
 from ov2_jax.data.encoding.images import smart_resize
-from ov2_jax.data.encoding.video import Sampling
-from ov2_jax.model.attention import Segments, visited_blocks
+from ov2_jax.data.encoding.video import FrameSampling
+from ov2_jax.model.attention import row_segments, visited_blocks
 from ov2_jax.model.attention.splash import block_size
 from ov2_jax.model.layers.remat import SAVED
 from ov2_jax.sharding.rules import GATHERED, mesh_axes, parameter_axes, path_string
 from ov2_jax.training.monitoring.flops import Work, forward_flops
 
-# The text of a clip's sample beside its frames, and of a frame's timestamp: "<123.4 seconds>", its
-# two marks and a newline.
-_TEXT_TOKENS = 1024
-_FRAME_TOKENS = 12
+_TEXT_TOKENS = 1024  # of a clip's sample, in addition to its frames
+_FRAME_TOKENS = 12  # of a frame's timestamp: "<123.4 seconds>", its two marks and a newline
 _LONG_CLIP_S = 3600.0
 LANES = 128  # rows are padded to whole lanes
 
 
 @dataclasses.dataclass(frozen=True)
 class Filling:
-    """Rows are full of samples of `sample` tokens and windows of `window` patches; the last of a
-    row takes what is left."""
+    """How rows are filled: with samples and windows of one length; the last of a row is shorter."""
 
-    sample: int
-    window: int
+    sample: int  # tokens of a sample
+    window: int  # patches of an attention window
     clip: int  # patches of a clip
 
     def samples(self, length: int) -> list[int]:
@@ -52,17 +49,19 @@ def _cut(length: int, piece: int) -> list[int]:
 
 
 def filling(experiment: Experiment, *, sample: int | None, window: int | None) -> Filling:
-    """From the config's data section, unless given: every sample is the longest clip that it lets
-    through, of square frames, with its timestamps and 1024 tokens of text; windows are that
-    clip's."""
+    """The filling that is assumed, from the config's data section.
+
+    Every sample is the longest clip that the config allows, of square frames, with its timestamps
+    and 1024 tokens of text; windows are that clip's. `sample` and `window` replace these lengths.
+    """
     v, data = experiment.model.vision, experiment.data
     low, high = data.frame_pixels
     factor = v.patch_size * v.spatial_merge_size
-    frame = max(  # of the squares some lose a row to rounding
+    frame = max(  # rounding takes a row from some of these squares
         math.prod(smart_resize(side, side, factor=factor, min_pixels=low, max_pixels=high))
         for side in (720, 1080, 2048)
     ) // (v.patch_size**2)
-    count = Sampling(data.num_frames, data.target_fps, data.max_frames).count(_LONG_CLIP_S)
+    count = FrameSampling(data.num_frames, data.target_fps, data.max_frames).count(_LONG_CLIP_S)
     tokens = count * (frame // v.merge_unit + _FRAME_TOKENS) + _TEXT_TOKENS
     return Filling(
         sample=min(sample or tokens, experiment.pack.seq_len),
@@ -72,7 +71,7 @@ def filling(experiment: Experiment, *, sample: int | None, window: int | None) -
 
 
 def step_work(experiment: Experiment, fill: Filling) -> Work:
-    """Of a whole optimizer step, with every slot filled."""
+    """The work of a whole optimizer step, with every slot filled."""
     pack, packs = experiment.pack, experiment.packs_per_step
     windows = sum(r * sum(n * n for n in fill.windows(w)) for r, w in pack.vision_rows)
     samples = pack.rows * sum(n * n for n in fill.samples(pack.seq_len))
@@ -82,7 +81,7 @@ def step_work(experiment: Experiment, fill: Filling) -> Work:
 
 
 def passes(experiment: Experiment) -> dict[str, int]:
-    """Forwards that a part's step costs: 1, and one for each kind of gradient that is needed."""
+    """Cost of each part's step in forward passes: 1, and 1 for each kind of gradient it needs."""
     found, before = {}, False
     for part in ("encoder", "merger", "decoder"):
         trained = part in experiment.optimizer.train
@@ -92,7 +91,7 @@ def passes(experiment: Experiment) -> dict[str, int]:
 
 
 class ModelFlops(NamedTuple):
-    """FLOPs of a step, all devices together, by part."""
+    """FLOPs of a step by part, all devices together."""
 
     matmuls: dict[str, float]
     attention: dict[str, float]
@@ -103,7 +102,7 @@ class ModelFlops(NamedTuple):
 
 
 def model_flops(experiment: Experiment, work: Work) -> ModelFlops:
-    """By the formula of training/flops.py, attention apart."""
+    """By the formula of training/monitoring/flops.py, with attention apart."""
     times = passes(experiment)
     both = forward_flops(experiment.model, work)
     without = work._replace(squared_samples=0, squared_windows=0)
@@ -118,35 +117,34 @@ def model_flops(experiment: Experiment, work: Work) -> ModelFlops:
     )
 
 
-# Matmuls of block_q x block_k x head size for each block that an attention kernel visits: scores
-# and values; backward the scores again, then the gradients of weights, queries, keys and values,
-# where a kernel for queries and one for keys make the scores and the weights' gradient twice.
+# Matmuls of block_q x block_k x head size for each block that an attention kernel visits. Forward:
+# scores and values. Backward: the scores again, then the gradients of weights, queries, keys and
+# values; with one kernel for queries and one for keys, scores and the weights' gradient come twice.
 FORWARD_MATMULS = 2
 BACKWARD_MATMULS = 5
 BACKWARD_MATMULS_TWO_KERNELS = 7
 
 
 def kernel_flops(visited: float, block_q: int, block_k: int, width: int, matmuls: int) -> float:
-    """FLOPs of an attention kernel that visits so many blocks; `width` is heads x head size."""
+    """FLOPs of an attention kernel that visits `visited` blocks; `width` is heads x head size."""
     return visited * matmuls * 2.0 * block_q * block_k * width
 
 
 def row_blocks(lengths: list[int], block: int, *, causal: bool) -> int:
-    """Blocks of a row's scores that hold a pair, for segments of these lengths."""
+    """Blocks of a row's scores that hold a visible pair, for segments of these lengths."""
     total = sum(lengths)
     size = math.ceil(total / block) * block
     ids = np.zeros((1, size), np.int32)
     ids[0, :total] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-    index = np.arange(size, dtype=np.int32) if causal else None
-    return int(np.sum(visited_blocks(Segments(ids, ids, index), block, block)))
+    return int(visited_blocks(row_segments(ids, causal=causal), block, block).sum())
 
 
 def attention_kernel_flops(
     experiment: Experiment, fill: Filling, block_size: Callable[[int], int] = block_size
 ) -> dict[str, float]:
-    """FLOPs of the attention kernels of a step on TPUs, all devices together, by part.
+    """FLOPs of a step's attention kernels on TPUs by part, all devices together.
 
-    `block_size` gives a kernel's side of a block for a row's length. Where the remat policy does
+    `block_size` gives the side of a kernel's blocks for a row's length. If the remat policy does
     not keep attention, its forward kernel runs twice.
     """
     v, t, pack = experiment.model.vision, experiment.model.text, experiment.pack
@@ -175,20 +173,19 @@ def attention_kernel_flops(
 
 
 def keeps_attention(remat: str) -> bool:
-    """Whether a policy keeps what the attention kernels' backward pass needs."""
+    """Whether a remat policy keeps what the backward pass of attention kernels needs."""
     return remat == "none" or "attention" in SAVED.get(remat, ())
 
 
 def least_weight_bytes(
     experiment: Experiment, params: Any, mesh: Mapping[str, int]
 ) -> dict[str, float]:
-    """The fewest bytes that a device sends a step to gather its parameters and to add up gradients.
+    """The fewest bytes that a device sends in a step to gather parameters and add up gradients.
 
-    Each parameter that lies in pieces travels in bfloat16: gathered once forward and, where
-    gradients pass through its part, once more backward, and its gradient, where it is trained,
-    is reduce-scattered. What stays cut (heads and MLPs over tensor, experts over expert) is not
-    counted. Replicas along axes that a parameter is whole on add up their gradients by an
-    all-reduce.
+    Each sharded parameter travels in bfloat16. It is gathered once forward, and once more backward
+    if gradients pass through its part; if it is trained, its gradient is reduce-scattered. What
+    stays sharded (heads and MLPs over tensor, experts over expert) is not counted. Along axes that
+    do not shard a parameter, its replicas add up their gradients by an all-reduce.
     """
     times = passes(experiment)
     found = {"all-gather": 0.0, "reduce-scatter": 0.0, "all-reduce": 0.0}

@@ -1,4 +1,8 @@
-"""The experiment: ml_collections at the edge, checked frozen dataclasses inside."""
+"""Builds the experiment: ml_collections in configs/ and on the command line, dataclasses inside.
+
+We build the dataclasses ourselves because no library keeps our errors: dacite and cattrs take True
+for 1, msgspec ignores unknown fields, and pydantic's errors would need a translation of this size.
+"""
 
 import dataclasses
 import types
@@ -14,10 +18,10 @@ from ov2_jax.core.errors import ConfigError
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
-    """A config value as the dataclass, tuple or scalar that the field's type says."""
+    """Plain data as a dataclass, tuple or scalar: `kind` is the type of the field `where`."""
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} must be a set of fields, but is {value!r}.")
+            raise ConfigError(f"{where} is {value!r}; it must be a set of fields.")
         hints = typing.get_type_hints(kind)
         unknown = sorted(set(value) - set(hints))
         if unknown:
@@ -39,23 +43,23 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, list | tuple):
         inner = [args[0]] * len(value) if args[-1] is Ellipsis else args
         if len(inner) != len(value):
-            raise ConfigError(f"{where} must have {len(inner)} entries, but is {value!r}.")
+            raise ConfigError(f"{where} is {value!r}; it must have {len(inner)} entries.")
         items = zip(inner, value, strict=True)
         return tuple(_build(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(items))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind in (int, float, str, bool) and type(value) is not kind:
-        raise ConfigError(f"{where} must be of type {kind.__name__}, but is {value!r}.")
+        raise ConfigError(f"{where} is {value!r}; it must be of type {kind.__name__}.")
     if origin is tuple:
-        raise ConfigError(f"{where} must be a sequence, but is {value!r}.")
+        raise ConfigError(f"{where} is {value!r}; it must be a sequence.")
     return value
 
 
 def experiment_config(values: Mapping[str, Any]) -> ConfigDict:
     """What a file of configs/ returns: its values, and the default of every other field.
 
-    All fields are there, so each can be overridden on the command line; None is a placeholder of
-    the field's type. Raises ConfigError on a field that does not exist.
+    It has all fields, so that each can be overridden on the command line. None becomes a
+    placeholder of the field's type. Raises ConfigError if a field does not exist.
     """
     return _with_defaults(Experiment, values, "")
 
@@ -70,7 +74,7 @@ def _with_defaults(kind: Any, values: Mapping[str, Any], where: str) -> ConfigDi
         hint = hints[field.name]
         given = values.get(field.name, field.default)
         if given is dataclasses.MISSING:
-            continue  # required and not given: experiment_from says so
+            continue  # required and not given: experiment_from raises
         if dataclasses.is_dataclass(hint):
             given = dataclasses.asdict(given) if dataclasses.is_dataclass(given) else given
             config[field.name] = _with_defaults(hint, given, f"{where}{field.name}.")
@@ -91,21 +95,17 @@ def experiment_from(config: ConfigDict, *, needs_workdir: bool = True) -> Experi
 
     Programs that start no run need no `workdir`.
     """
-    try:
-        values = config.to_dict()
-    except OSError as e:  # a --config file that could not be loaded says so when it is first used
-        reason = str(e.__cause__ or e).splitlines()[-1].strip()
-        raise ConfigError(f"The file that --config names cannot be loaded: {reason}.") from e
+    values = config.to_dict()
     if not needs_workdir:
         values["workdir"] = values.get("workdir") or "unused"
     return _build(Experiment, values, "")
 
 
 def experiment_to_dict(experiment: Experiment) -> dict[str, Any]:
-    """As plain data, to be kept with every checkpoint."""
+    """The experiment as plain data, which is saved with every checkpoint."""
     return dataclasses.asdict(experiment)
 
 
 def data_config_from(values: Mapping[str, Any]) -> DataConfig:
-    """The `data` part of what `experiment_to_dict` gave."""
+    """The data section from its part of `experiment_to_dict`'s plain data."""
     return _build(DataConfig, values, "data")

@@ -1,4 +1,4 @@
-"""What codec-style selection is told."""
+"""The parameters of codec-style selection."""
 
 import dataclasses
 
@@ -7,20 +7,20 @@ from ov2_jax.core.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class CodecConfig:
-    """Parameters of the selection, named as the released tool names them.
+    """Parameters of the selection, with the released tool's names.
 
-    `num_sampled_frames` frames of a clip are looked at. They are cut into groups of
+    `num_sampled_frames` frames of a clip are sampled. They are cut into groups of
     `min_group_frames` to `max_group_frames`; each group becomes `images_per_group` canvases: its
     first frame whole, and the most expensive blocks (`block_size` x `block_size` patches of `patch`
     pixels) of its other frames. A canvas has at most `max_pixels` pixels.
 
-    A group ends where its blocks are worth what an average run of `group_size` frames is worth,
-    they touch all of its `readiness_coverage_bins` spans of time, and one more frame adds less than
-    `readiness_delta_ratio`. `avoid_keyframes` moves samples off key frames, whose bits say nothing
-    about change.
+    A group ends when its blocks are worth as much as those of an average run of `group_size`
+    frames, they touch all of its `readiness_coverage_bins` spans of time, and one more frame adds
+    less than `readiness_delta_ratio`. `avoid_keyframes` moves samples off key frames, whose bits
+    contain nothing about change.
 
-    `max_canvases` caps a clip's canvases. Groups stay whole: of too many, evenly spaced ones are
-    kept, the first and the last among them. None keeps all, as the released tool does.
+    `max_canvases` caps a clip's canvases. Groups stay whole: if there are too many, evenly spaced
+    ones are kept, the first and the last included. None keeps all, as the released tool does.
     """
 
     num_sampled_frames: int = 256
@@ -68,7 +68,7 @@ class CodecConfig:
         return self.block_size * self.patch
 
     def check_even_blocks(self) -> None:
-        """Raises ConfigError where clips cannot be read: their canvases wait in 4:2:0."""
+        """Raises ConfigError if clips cannot be read: their canvases wait in 4:2:0."""
         if self.block_pixels % 2:
             raise ConfigError(
                 f"codec.patch * codec.block_size is {self.block_pixels}; it must be even, as "

@@ -1,4 +1,4 @@
-"""How a model is computed, as opposed to what it is."""
+"""How a model is computed: precision, kernels, memory. model.py has what it is."""
 
 import dataclasses
 
@@ -14,12 +14,12 @@ REMAT_POLICIES = ("none", "full", "attention", "up", "projections", "offload")
 class ComputeConfig:
     """dtype of activations and matmuls, kernels, rematerialisation and block sizes.
 
-    Weights are float32 masters and are cast where they are used; RoPE, norms and softmax are
-    computed in float32 whatever `dtype` says.
+    Weights are float32 masters, cast to `dtype` where they are used. RoPE, norms and softmax are
+    always computed in float32.
     """
 
     dtype: str = "bfloat16"
-    # Attention kernels in order of preference; the first that the device runs is taken.
+    # Attention kernels in order of preference; the first that runs on the device is used.
     attention: tuple[str, ...] = ATTENTION_KERNELS
     remat: str = "full"
     # Logits are made for this many tokens of a row at a time: 32768 x 151936 of them in float32
@@ -42,4 +42,4 @@ class ComputeConfig:
                 f"{', '.join(ATTENTION_KERNELS)}."
             )
         if self.loss_block < 1:
-            raise ConfigError(f"compute.loss_block must be at least 1, but is {self.loss_block}.")
+            raise ConfigError(f"compute.loss_block is {self.loss_block}; it must be at least 1.")

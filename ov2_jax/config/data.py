@@ -1,4 +1,4 @@
-"""What the data road is told: where samples are, how they are read, what a pack looks like."""
+"""Data sets and their mixture, and how samples are read and encoded."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -7,13 +7,13 @@ from pathlib import PurePath
 from ov2_jax.config.checks import check_field, is_whole
 from ov2_jax.config.codec import CodecConfig
 from ov2_jax.core.errors import ConfigError
-from ov2_jax.core.files import parent
+from ov2_jax.core.files import check_scheme, parent
 
-# How a data set's clips are read. "alternate": some so, some so, by a coin that is thrown once for
-# every sample, from the seed.
+# How a data set's clips are read. "alternate": a coin from the seed, thrown once for every sample,
+# chooses between the two.
 VIDEO_INPUTS = ("uniform", "codec", "alternate")
 
-# What reads a file, by its suffix.
+# The format of a file, by its suffix.
 FORMATS = {
     ".json": "json",
     ".jsonl": "jsonl",
@@ -28,17 +28,29 @@ FORMATS = {
 class SourceConfig:
     """A data set of one format, or a group of data sets.
 
-    A data set has a `path`: a file, or several by a pattern (`shards/*.parquet`), local or remote
-    (`gs://...`). `format` is told by the suffix unless set; a folder that TensorFlow Datasets wrote
-    has none and needs format="tfds" (with its `split`, train unless set). `root` is the folder that
-    the samples' media paths are relative to (default: the file's own folder); no path may lead out
-    of it. `name` is what metrics and sample ids call the data set. `video`: whether its clips are
-    read as "uniform" frames, codec-style ("codec"), or either by a seeded coin ("alternate"). A
-    group has `sources` instead.
+    A data set has a `path`, and a group has `sources`. `epochs`, `cap` and `weight` are the share
+    that training reads, next to the siblings in the same group; either all siblings have a weight,
+    or none has.
 
-    How much of it training reads, next to its siblings: `weight`, its share of what they give
-    together (then all of them have one); or `epochs`, how often in an epoch of the mixture (1; 0.5
-    is every second sample), and at most `cap` samples an epoch.
+    Attributes:
+      path: a file, or several by a pattern (`shards/*.parquet`); local, or remote (`gs://...`, see
+        core/files.py). For TensorFlow Datasets the folder of a version.
+      root: the folder that the samples' media paths are relative to, the file's own folder unless
+        set. No path may lead out of it.
+      name: what metrics and sample ids call the data set; the file's name unless set.
+      format: a value of FORMATS, which the suffix gives unless set, or "tfds" for a folder that
+        TensorFlow Datasets wrote.
+      split: of a TFDS folder; "train" unless set.
+      video: how its clips are read: as "uniform" frames, codec-style ("codec"), or either by a
+        seeded coin ("alternate").
+      sources: the data sets and groups of a group.
+      weight: the share of the samples that the siblings give together.
+      epochs: how often each sample is read in an epoch of the mixture; 1 unless set, and 0.5 is
+        every second sample.
+      cap: the most samples in an epoch of the mixture.
+
+    Raises:
+      ConfigError: a value is not allowed, or the suffix gives no format.
     """
 
     path: str = ""
@@ -60,9 +72,11 @@ class SourceConfig:
 
         if self.sources:
             for name in ("path", "root", "format", "split"):
-                check(name, not getattr(self, name), "left out where `sources` makes it a group")
+                check(name, not getattr(self, name), "left out if `sources` makes it a group")
             check_siblings("source", self.sources)
         else:
+            for path in (self.path, self.root or ""):
+                check_scheme(path)
             known = tuple(FORMATS)
             good = self.format is not None or PurePath(self.path).suffix in known
             check("path", good, f"a {', '.join(known[:-1])} or {known[-1]} file")
@@ -75,7 +89,7 @@ class SourceConfig:
             check(name, value is None or 0 < value < float("inf"), "a positive number or None")
         check("cap", self.cap is None or (is_whole(self.cap) and self.cap > 0), "positive or None")
         alone = self.weight is None or (self.epochs is None and self.cap is None)
-        check("weight", alone, "None where epochs or cap is set: only one of them can rule")
+        check("weight", alone, "None if epochs or cap is set: only one of them can rule")
 
     @property
     def kind(self) -> str:
@@ -113,20 +127,38 @@ def leaves(sources: Iterable[SourceConfig]) -> list[SourceConfig]:
 class DataConfig:
     """How samples are read and encoded. Areas are in pixels, times in seconds.
 
-    Training needs `sources`; generation brings its own pictures and clips.
+    Attributes:
+      sources: the data sets. Training needs them; generation brings its own pictures and clips.
+      min_pixels, max_pixels: the bounds of a picture's area after resizing.
+      frame_min_pixels, frame_max_pixels: the same of a frame; `min_pixels` and `max_pixels` unless
+        set.
+      target_fps: frames a second that are read of a clip, at most `max_frames` in all.
+      num_frames: frames that are read of a clip; not together with target_fps.
+      max_frames: the most frames of a clip. If neither target_fps nor num_frames is set, a clip
+        under 10 s gives 8 frames, one under 30 s gives 16, and a longer one max_frames.
+      frame_form: "training" gives the encoder windows of several frames and writes a newline after
+        every frame; "hf" is the Hugging Face processor's form, in which each frame is a window of
+        its own, without newline.
+      timestamps: whether the time is written before each frame.
+      timestamp_decimal: decimals of these times, 0 to 6.
+      codec: how clips of sources with video="codec" or "alternate" are read; its patch and
+        block_size are the model's patch and merge size.
+      system_prompt: for samples without a system turn; "" for none.
+      on_long: what is done with a sample that does not fit: "reject", or "drop_rounds" to leave out
+        its last rounds (see data/encoding/sample_encoder.py).
+      on_image_mismatch: what is done if marks and pictures differ in number: "reject", or "prepend"
+        to delete the marks and put all pictures before the first question.
+      shuffle: whether each epoch has a new order, from the seed.
+      plan: the folder that ov2_jax.data.prepare wrote; None packs with a look-ahead.
+      lookahead: without a plan, the samples that wait in memory for the packer to choose from.
+      num_workers: processes that decode and tokenise; 0 for threads in this process.
+      decode_timeout_s: the longest time that decoding a clip may take.
+      max_reject_share: a larger share of rejected samples ends the run.
+      reject_check_after: samples that are read before max_reject_share holds, or an epoch, if that
+        is less.
 
-    Frames of a clip: `target_fps` if set (at most `max_frames`), else `num_frames` if set, else 8
-    for clips under 10 s, 16 under 30 s and `max_frames` beyond. `frame_min_pixels` and
-    `frame_max_pixels` are `min_pixels` and `max_pixels` unless set.
-
-    `frame_form`: "training" gives the encoder windows of several frames and writes a newline after
-    every frame; "hf" is the Hugging Face processor's form, each frame on its own, no newline.
-    `on_long`: what becomes of a sample that does not fit, see encode.py. `on_image_mismatch`:
-    "prepend" deletes the marks and puts all pictures before the first question.
-    `codec`: how clips of sources with video="codec" or "alternate" are read; patch and block_size
-    are the model's patch and merge size.
-    `lookahead` is the number of samples that the packer chooses from; they wait in memory. A
-    `plan`, the folder that ov2_jax.data.prepare wrote, takes its place.
+    Raises:
+      ConfigError: a value is not allowed.
     """
 
     sources: tuple[SourceConfig, ...] = ()
@@ -178,7 +210,7 @@ class DataConfig:
         check(
             "num_frames",
             self.num_frames is None or self.target_fps is None,
-            "None when target_fps is set: only one of them can rule",
+            "None if target_fps is set: only one of them can rule",
         )
         check("frame_form", self.frame_form in ("training", "hf"), "'training' or 'hf'")
         check("timestamp_decimal", self.timestamp_decimal in range(7), "0 to 6 decimals")

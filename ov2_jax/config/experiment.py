@@ -1,10 +1,8 @@
-"""The experiment: all that a run is told."""
+"""The experiment: everything that a user can state about a run."""
 
 import dataclasses
 import importlib.util
 from collections.abc import Mapping
-
-from etils import epath
 
 from ov2_jax.config.compute import ComputeConfig
 from ov2_jax.config.data import DataConfig
@@ -12,12 +10,16 @@ from ov2_jax.config.model import ModelConfig
 from ov2_jax.config.optimizer import OptimizerConfig
 from ov2_jax.config.pack import PackConfig
 from ov2_jax.core.errors import ConfigError
+from ov2_jax.core.files import to_path
 from ov2_jax.sharding.mesh import ROW_AXES, MeshConfig, axes_size, data_shards
 from ov2_jax.sharding.rules import GATHERED
 
+# The mean over all supervised tokens of a step, or over rows of each row's mean (training/loss.py).
+REDUCTIONS = ("tokens", "rows")
+
 
 def check_mesh(sizes: Mapping[str, int], model: ModelConfig, pack: PackConfig) -> None:
-    """Raises ConfigError where an axis does not divide what is cut over it."""
+    """Raises ConfigError if an axis does not divide a size that is cut over it."""
     text, vision = model.text, model.vision
     cut: list[tuple[tuple[str, ...], str, int]] = [
         (GATHERED["embed"], "model.text.hidden_size", text.hidden_size),
@@ -48,7 +50,7 @@ def check_mesh(sizes: Mapping[str, int], model: ModelConfig, pack: PackConfig) -
                 f"{what} is {axes_size(sizes, axes)}, which does not divide {name} {size}; choose "
                 "sizes that do."
             )
-    # Every device of the context axis has two pieces of a row, one early and one late.
+    # Every device of the context axis has two pieces of a row, an early and a late one.
     pieces = 2 * sizes["context"] if sizes["context"] > 1 else 1
     if pack.seq_len % (pieces * sizes["tensor"]):
         raise ConfigError(
@@ -60,7 +62,7 @@ def check_mesh(sizes: Mapping[str, int], model: ModelConfig, pack: PackConfig) -
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save, and what to keep: the last `keep_last`, and every `keep_every`-th step."""
+    """When to save, and what to keep: the newest `keep_last`, and every `keep_every`-th step."""
 
     every: int = 1000
     keep_last: int = 2
@@ -69,17 +71,19 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         for name in ("every", "keep_last"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"checkpoint.{name} is {getattr(self, name)}; it must be >= 1.")
+                raise ConfigError(
+                    f"checkpoint.{name} is {getattr(self, name)}; it must be at least 1."
+                )
         if self.keep_every is not None and self.keep_every % self.every:
             raise ConfigError(
-                f"checkpoint.keep_every {self.keep_every} must be a multiple of checkpoint.every "
-                f"{self.every}, or nothing would ever be saved at those steps."
+                f"checkpoint.keep_every is {self.keep_every}; it must be a multiple of "
+                f"checkpoint.every {self.every}, because only those steps are saved."
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A run. `configs/*.py` make these; see there for what each is set to and why."""
+    """A run. configs/*.py make these, with the reasons for the values."""
 
     workdir: str
     model: ModelConfig
@@ -106,8 +110,8 @@ class Experiment:
             raise ConfigError("workdir is empty; set --config.workdir=DIR, where the run is kept.")
         if "://" in self.workdir:
             raise ConfigError(
-                f"workdir is {self.workdir!r}; metrics are appended to, so it must be a "
-                "folder of a file system: mount the bucket (gcsfuse, mountpoint-s3)."
+                f"workdir is {self.workdir!r}; it must be a folder of a file system, because "
+                "metrics are appended to: mount the bucket (gcsfuse, mountpoint-s3)."
             )
         if not self.data.sources:
             raise ConfigError("data.sources is (); name at least one data set (docs/data.md).")
@@ -131,7 +135,7 @@ class Experiment:
                 f"wandb_project is {self.wandb_project!r} but wandb is not installed; "
                 "pip install 'ov2_jax[wandb]'."
             )
-        if self.tokenizer is not None and not epath.Path(self.tokenizer).exists():
+        if self.tokenizer is not None and not to_path(self.tokenizer).exists():
             raise ConfigError(f"tokenizer is {self.tokenizer!r}, which does not exist.")
 
     @property
@@ -139,8 +143,11 @@ class Experiment:
         return self.global_rows // self.pack.rows
 
     def check_mesh(self, sizes: Mapping[str, int], shares: int) -> None:
-        """The mesh must divide the model and the pack, and micro-steps, data shards and the shares
-        that processes read the global batch."""
+        """Raises ConfigError if the mesh does not divide the model or the pack, or if micro-steps
+        and data shards do not divide the global batch, or `shares` the data shards.
+
+        `sizes`: devices along each axis. `shares`: parts of the batch that processes read.
+        """
         check_mesh(sizes, self.model, self.pack)
         shards = data_shards(sizes)
         if self.packs_per_step % (self.grad_accum * shards):
@@ -155,9 +162,6 @@ class Experiment:
             raise ConfigError(
                 f"The mesh's {shards} data shards do not divide over {shares} processes."
             )
-
-
-REDUCTIONS = ("tokens", "rows")
 
 
 def check_profile_steps(profile_steps: tuple[int, ...], steps: int) -> None:

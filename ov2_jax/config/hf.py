@@ -1,4 +1,4 @@
-"""A model's config as Hugging Face's config.json has it (transformers 4 or 5)."""
+"""Reads and writes a model's config as a Hugging Face config.json (transformers 4 or 5)."""
 
 import dataclasses
 import json
@@ -15,11 +15,8 @@ FULL_MODEL_TYPES = {"llava_onevision2": "qwen3", "llava_onevision2_moe": "qwen3_
 ENCODER_MODEL_TYPE = "onevision_encoder"
 
 
-# --- Hugging Face config.json ---------------------------------------------------------------------
-
-
 def _take(raw: Mapping[str, Any], cls: type, where: str, **given: Any) -> Any:
-    """Builds `cls` from the fields that `raw` has; fields without a default must be there."""
+    """Builds `cls` from the fields that `raw` has; it must have those without a default."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     values = {k: raw[k] for k in fields if k in raw and raw[k] is not None} | given
     missing = [
@@ -33,7 +30,7 @@ def _take(raw: Mapping[str, Any], cls: type, where: str, **given: Any) -> Any:
 
 
 def _only(raw: Mapping[str, Any], where: str, **allowed: Any) -> None:
-    """Refuses what this package does not compute, instead of computing something else."""
+    """Raises ConfigError for a value that this package does not compute."""
     for name, values in allowed.items():
         if name in raw and raw[name] not in values:
             raise ConfigError(
@@ -57,7 +54,7 @@ def _rope_theta(raw: Mapping[str, Any], where: str) -> dict[str, float]:
 def vision_config_from_hf(raw: Mapping[str, Any], where: str = "vision_config") -> VisionConfig:
     """`raw` is a `vision_config`, or the whole config.json of a standalone encoder."""
     _only(raw, where, hidden_act=("gelu",), temporal_patch_size=(1, None))
-    # What the reference's config classes fill in for a missing key, where it isn't our default.
+    # The reference's defaults for missing keys, if they differ from ours.
     standalone = where != "vision_config"
     missing = {"use_head": standalone, "spatial_merge_size": 2 if standalone else 3}
     defaults = {k: v for k, v in missing.items() if raw.get(k) is None}
@@ -65,7 +62,7 @@ def vision_config_from_hf(raw: Mapping[str, Any], where: str = "vision_config") 
 
 
 def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
-    """`raw` is the parsed config.json of a full model; raises ConfigError if it is another's."""
+    """`raw` is the parsed config.json of a full model; raises ConfigError for other models."""
     kind = raw.get("model_type")
     if kind not in FULL_MODEL_TYPES:
         raise ConfigError(
@@ -127,7 +124,7 @@ def _moe_fields(text: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _aux_loss_coef(raw: Mapping[str, Any]) -> float:
-    """The reference adds the router's loss only where the *top level* asks for router logits."""
+    """The reference adds the router's loss only if the *top level* asks for router logits."""
     if not raw.get("output_router_logits"):
         return 0.0
     coefficient = raw.get("router_aux_loss_coef")
@@ -151,7 +148,7 @@ def load_config(folder: epath.PathLike) -> ModelConfig | VisionConfig:
 
 
 def model_config_to_hf(config: ModelConfig, *, dtype: str = "bfloat16") -> dict[str, Any]:
-    """A config.json for a model that came from none, in a form both transformers 4 and 5 read."""
+    """A config.json that transformers 4 and 5 read, for a model that was not read from one."""
     vision = dataclasses.asdict(config.vision)
     text = dataclasses.asdict(config.text)
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": config.text.rope_theta}

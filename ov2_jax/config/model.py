@@ -1,7 +1,7 @@
-"""What a model is: sizes and constants, as a Hugging Face config.json states them.
+"""A model's sizes and constants, named as in a Hugging Face config.json.
 
-Everything is read from the checkpoint's config.json (transformers 4 or 5 form) and never assumed:
-theta, eps, tying and merge size differ between the released models.
+A checkpoint's are read from its config.json (config/hf.py) and never assumed: theta, eps, tying and
+merge size differ between the released models.
 """
 
 import dataclasses
@@ -12,15 +12,15 @@ from ov2_jax.core.errors import ConfigError
 def _positive(owner: str, **fields: float) -> None:
     for name, value in fields.items():
         if not value > 0:
-            raise ConfigError(f"{owner}.{name} must be positive, but is {value!r}.")
+            raise ConfigError(f"{owner}.{name} is {value!r}; it must be positive.")
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
     """The OneVision-Encoder and, for the full model, the merger behind it.
 
-    `spatial_merge_size`, `out_hidden_size` and `frame_windows_size` mean nothing to the standalone
-    encoder; they sit here because the Hugging Face `vision_config` has them.
+    The standalone encoder does not use `spatial_merge_size`, `out_hidden_size` and
+    `frame_windows_size`; they are here because the Hugging Face `vision_config` has them.
     """
 
     hidden_size: int = 1024
@@ -93,8 +93,8 @@ MOE_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "no
 class TextConfig:
     """The Qwen3 decoder: dense, or with `num_experts` a mixture of experts in every layer.
 
-    The experts' MLPs have `moe_intermediate_size`; `intermediate_size` then means nothing and sits
-    here because the Hugging Face `text_config` has it.
+    Experts have MLPs of `moe_intermediate_size`. A mixture of experts does not use
+    `intermediate_size`, which is here because the Hugging Face `text_config` has it.
     """
 
     vocab_size: int
@@ -110,7 +110,7 @@ class TextConfig:
     num_experts: int = 0  # 0: dense
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
-    norm_topk_prob: bool = False  # weights of a token's experts are made to sum to 1
+    norm_topk_prob: bool = False  # the weights of a token's experts are scaled to sum to 1
 
     def __post_init__(self) -> None:
         fields = dataclasses.asdict(self)
@@ -134,7 +134,7 @@ class TextConfig:
 
     @property
     def active_intermediate_size(self) -> int:
-        """Width of the MLPs that one token goes through in a layer, all of them together."""
+        """Width of the MLPs that one token passes in a layer, added up."""
         if self.num_experts:
             return self.num_experts_per_tok * self.moe_intermediate_size
         return self.intermediate_size
@@ -142,7 +142,7 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """LLaVA-OneVision-2: encoder, merger and decoder, and the token ids that join them."""
+    """LLaVA-OneVision-2: encoder, merger and decoder, and the token ids of media in the text."""
 
     vision: VisionConfig
     text: TextConfig
@@ -151,7 +151,7 @@ class ModelConfig:
     video_token_id: int = 151656
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
-    router_aux_loss_coef: float = 0.0  # of the load-balancing loss of a mixture of experts
+    router_aux_loss_coef: float = 0.0  # factor of the load-balancing loss of a mixture of experts
 
     def __post_init__(self) -> None:
         if self.router_aux_loss_coef < 0:

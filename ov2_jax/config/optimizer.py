@@ -1,4 +1,4 @@
-"""The optimizer's config."""
+"""The optimizer: what is trained, and how fast."""
 
 import dataclasses
 
@@ -19,8 +19,8 @@ class OptimizerConfig:
     eps: float = 1e-5
     weight_decay: float = 0.0
     clip_norm: float = 1.0
-    # Of the first moment; bfloat16 saves 2 of 12 bytes a parameter. The second is always float32:
-    # a change of 1 - beta2 = 1 % is near the least that a bfloat16 can take.
+    # bfloat16 saves 2 of 12 bytes a parameter. The second moment is always float32: its changes by
+    # 1 - beta2 = 1 % are near the smallest that a bfloat16 can hold.
     first_moment_dtype: str = "float32"
     train: tuple[str, ...] = PARTS  # a part that is not named is frozen
     # Peak learning rates of single parts; None takes `learning_rate`.
@@ -47,15 +47,21 @@ class OptimizerConfig:
                 )
         for name in ("eps", "clip_norm"):
             if getattr(self, name) <= 0:
-                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}; it must be > 0.")
+                raise ConfigError(
+                    f"optimizer.{name} is {getattr(self, name)}; it must be positive."
+                )
         if self.first_moment_dtype not in ("float32", "bfloat16"):
             raise ConfigError(
                 f"optimizer.first_moment_dtype is {self.first_moment_dtype!r}; it must be "
                 "'float32' or 'bfloat16'."
             )
-        if self.weight_decay < 0 or self.end_learning_rate < 0:
-            raise ConfigError("optimizer.weight_decay and end_learning_rate must not be negative.")
+        for name in ("weight_decay", "end_learning_rate"):
+            if getattr(self, name) < 0:
+                raise ConfigError(
+                    f"optimizer.{name} is {getattr(self, name)}; it must not be negative."
+                )
 
     def peak(self, part: str) -> float:
+        """The learning rate of a part after the warm-up."""
         value = getattr(self, f"{part}_learning_rate")
         return self.learning_rate if value is None else value

@@ -9,8 +9,11 @@ from ov2_jax.core.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class PackConfig:
-    """The static shape of a pack: B = `rows` text rows of L = `seq_len` tokens, and beside them
-    vision rows in classes (R rows of W patches), smallest W first."""
+    """The static shape of a pack.
+
+    It has B = `rows` text rows of L = `seq_len` tokens, and vision rows in classes, (R rows, W
+    patches) each, the smallest W first.
+    """
 
     rows: int
     seq_len: int
@@ -54,7 +57,7 @@ class PackConfig:
         return sum(r * w for r, w in self.vision_rows)
 
     def check(self, model: ModelConfig) -> None:
-        """Raises ConfigError where a vision row would cut a merged token."""
+        """Raises ConfigError if a vision row would cut a merged token."""
         unit = model.vision.merge_unit
         for _, width in self.vision_rows:
             if width % unit:

@@ -25,9 +25,9 @@ SIZES = tuple(_QWEN3)
 
 
 def model_config(size: str, *, patch_size: int = 14, merge_size: int = 2) -> ModelConfig:
-    """The released model of a size, e.g. `model_config("8b")` is 8B p14m2."""
+    """The released model of a size; `model_config("8b")` is 8B p14m2."""
     if size not in _QWEN3:
-        raise ConfigError(f"Unknown model size {size!r}; there are {', '.join(SIZES)}.")
+        raise ConfigError(f"The model size is {size!r}; it must be one of {', '.join(SIZES)}.")
     layers, width, mlp, heads, kv_heads, theta = _QWEN3[size]
     return ModelConfig(
         vision=VisionConfig(

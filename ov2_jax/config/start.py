@@ -1,4 +1,4 @@
-"""What a start checkpoint says of a run: its model's constants, and its tokenizer."""
+"""What a run takes from the checkpoint that it starts or resumes from: constants, tokenizer."""
 
 import dataclasses
 from typing import Any
@@ -10,9 +10,10 @@ from ov2_jax.config.hf import load_config
 from ov2_jax.config.model import ModelConfig
 from ov2_jax.core.checkpoint_dir import resolve
 from ov2_jax.core.errors import ConfigError
+from ov2_jax.core.files import to_path
 
-# What makes a model the size it is. Everything else in a ModelConfig is a constant (theta, eps,
-# tying, token ids, ...) that only its checkpoint knows.
+# The fields that decide the sizes of parameters. All others are constants (theta, eps, tying, token
+# ids, ...), which only the checkpoint has right.
 _SIZES = {
     "vision": (
         "hidden_size",
@@ -37,17 +38,18 @@ _SIZES = {
 
 
 def _base_folder(experiment: Experiment, *, resuming: bool) -> epath.Path | None:
-    """The Hugging Face files that a run goes by: its own, or the start checkpoint's."""
+    """The folder of the run's Hugging Face files: its own, or the start checkpoint's."""
     if resuming:
         return epath.Path(experiment.workdir) / "hf"
     if experiment.init_from is None:
         return None
-    if not epath.Path(experiment.init_from).exists():
+    if not to_path(experiment.init_from).exists():
         raise ConfigError(f"init_from is {experiment.init_from!r}, which does not exist.")
     return resolve(experiment.init_from).require_hf()
 
 
 def _constants(want: Any, got: Any, where: str) -> list[str]:
+    """A sentence for each field that differs."""
     if dataclasses.is_dataclass(want):
         return [
             line
@@ -62,11 +64,12 @@ def _constants(want: Any, got: Any, where: str) -> list[str]:
 def with_checkpoint_model(
     experiment: Experiment, *, resuming: bool
 ) -> tuple[Experiment, list[str]]:
-    """The experiment with the model of the checkpoint that it starts or goes on from.
+    """The experiment with the model of the checkpoint that it starts or resumes from.
 
-    Sizes must be the config's, constants are always the checkpoint's; the list says which of them
-    the config had otherwise. The weight of the router's loss is no constant of a model but the
-    recipe's, and stays (released models leave that loss out). Raises ConfigError, CheckpointError.
+    Sizes must be equal. Constants are always the checkpoint's, and the list has a sentence for each
+    that differs in the config. The weight of the router's loss belongs to the recipe, not to the
+    model, and stays as it is (released models leave that loss out). Raises ConfigError or
+    CheckpointError.
     """
     base = _base_folder(experiment, resuming=resuming)
     if base is None:
@@ -92,7 +95,7 @@ def with_checkpoint_model(
 
 
 def tokenizer_folder(experiment: Experiment, *, resuming: bool) -> epath.Path:
-    """The run's own tokenizer, the one that is asked for, or the start checkpoint's."""
+    """The run's own tokenizer, or that of the config, or the start checkpoint's."""
     if not resuming and experiment.tokenizer is not None:
         return epath.Path(experiment.tokenizer)
     return _base_folder(experiment, resuming=resuming)

@@ -1,21 +1,39 @@
-"""The device batch: the one data structure that the loader makes and the model consumes.
+"""The batch: the contract between the data pipeline, which builds it, and the model.
 
-Dimension letters (docs/design.md has the whole table):
+A batch holds G packs. A pack is what one data shard holds in one micro-step: B text rows of L
+tokens, and classes of vision rows. A class has R rows of W patches, and each class has its own R
+and W. docs/design.md has the table of all dimension letters.
 
-    G  packs in the batch: one pack is what one data shard holds in one micro-step
-    B  text rows of a pack            L  tokens of a text row
-    R  vision rows of one class       W  patches of a vision row (differs by class)
-    C  channels (3)  p  patch size    m  merge size
-    M  merged tokens of a pack: sum over classes of R * W / m^2
+The data pipeline promises:
 
-A pack is closed in itself: the merged tokens that its text rows need are made by its own vision
-rows, so nothing ever crosses from one pack to another but the sum of losses and gradients.
+- Every array is dense, and its shape depends on the config only. Places that no sample fills are
+  padding: segment id 0, target and `vision_index` -1, zeros in all other arrays.
+- A sample lies whole in one text row. Its tokens are consecutive, and its positions count from 0.
+- An attention window (a picture, or a few frames of a clip) lies whole in one vision row. Its
+  patches are consecutive and come in blocks of m x m, so that m*m consecutive patches make one
+  merged token.
+- Segment ids number the samples of a text row, or the windows of a vision row, 1, 2, ... in the
+  order of their places.
+- A pack needs no other pack: the patches of its samples lie in its own vision rows.
+
+The model promises that a token attends only to earlier tokens of its own segment and to itself, and
+a patch only to the patches of its own segment. Packs, rows and samples therefore never mix; across
+packs, only losses and gradients are added up.
+
+The merged tokens of a pack are numbered: the classes in the order of the config, in a class the
+rows in order, in a row every m*m consecutive patches, padding included. A pack has M of them, the
+sum of R*W / m^2 over its classes, and `vision_index` points into this list.
+
+`*G` stands for the leading axes: none in one pack as it is built, [G ...] in a micro-step,
+[A G ...] in an optimizer step of A micro-steps. If the mesh cuts text rows over `context`, the
+tokens of a row change their order on the way to the devices (sharding.rules.token_order).
 """
 
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int32, UInt8
 
 Array = jax.Array | np.ndarray
 
@@ -23,22 +41,23 @@ IGNORE = -1  # a target that carries no loss
 
 
 class VisionRows(NamedTuple):
-    """Vision rows of one class; a window (an image, or a few frames) lies whole in one row."""
+    """The vision rows of one class.
 
-    patches: Array  # uint8 [G R W C*p*p] (raw pixels) or float (normalised); (C, row, column) order
-    patch_positions: Array  # int32 [G R W 3]: (t, h, w) of each patch, block order
-    segment_ids: Array  # int32 [G R W]: 1, 2, ... the windows of a row, 0 is padding
+    `values` are the C*p*p values of a patch in the order channel, row, column: raw pixels (uint8),
+    or floats that are normalised already.
+    """
+
+    patches: UInt8[Array, "*G R W values"] | Float[Array, "*G R W values"]
+    patch_positions: Int32[Array, "*G R W 3"]  # (t, h, w) of each patch
+    segment_ids: Int32[Array, "*G R W"]  # windows of a row; 0 is padding
 
 
 class Batch(NamedTuple):
-    """One micro-step's batch. Everything is dense, of static shape, and padded with zeros."""
+    """Packs of text rows and vision rows; the module's docstring states the rules."""
 
-    tokens: Array  # int32 [G B L]
-    targets: Array  # int32 [G B L]: the next token where it is supervised, else IGNORE
-    positions: Array  # int32 [G B L]: restart at 0 with every sample
-    segment_ids: Array  # int32 [G B L]: 1, 2, ... the samples of a row, 0 is padding
-    vision_index: Array  # int32 [G B L]: the flat merged token that goes here, -1 for text
-    vision: tuple[VisionRows, ...]  # one entry a class, in the order of the config
-
-    # The flat merged tokens of a pack are its classes in order, in a class its rows in order, and
-    # in a row every m*m consecutive patches.
+    tokens: Int32[Array, "*G B L"]
+    targets: Int32[Array, "*G B L"]  # the next token if it is supervised, else IGNORE
+    positions: Int32[Array, "*G B L"]
+    segment_ids: Int32[Array, "*G B L"]  # samples of a row; 0 is padding
+    vision_index: Int32[Array, "*G B L"]  # the merged token that goes here, -1 for text
+    vision: tuple[VisionRows, ...]  # one entry for each class, in the order of the config

@@ -1,11 +1,11 @@
-"""Where the parameters and the Hugging Face files of a checkpoint lie.
+"""Finds the parameters and the Hugging Face files of a checkpoint.
 
 A converted checkpoint:            A training run:
     DIR/params/   Orbax PyTree         WORKDIR/checkpoints/<step>/params/
     DIR/hf/       config, tokenizer    WORKDIR/hf/
 
-Everything that takes a checkpoint takes a DIR, a WORKDIR (its latest finished step) or one step's
-folder. A converted checkpoint may be remote (gs://).
+A program that takes a checkpoint takes a DIR, a WORKDIR (its latest finished step) or the folder of
+one step. A converted checkpoint may be remote (gs://).
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ov2_jax.core.errors import CheckpointError
+from ov2_jax.core.files import is_remote, to_path
 
 PARAMS = "params"
 HF = "hf"
@@ -40,23 +41,23 @@ class CheckpointDir:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """Orbax takes no relative paths; remote ones (gs://...) are absolute as they are."""
-    return epath.Path(path if "://" in str(path) else pathlib.Path(path).absolute())
+    """Orbax needs absolute paths; remote ones (gs://...) already are."""
+    return to_path(path if is_remote(path) else pathlib.Path(path).absolute())
 
 
 def is_hf_folder(path: epath.PathLike) -> bool:
-    """Whether `path` is a Hugging Face model folder: a config.json and safetensors beside it."""
-    path = epath.Path(path)
+    """Whether `path` is a Hugging Face model folder: it has a config.json and safetensors."""
+    path = to_path(path)
     return (path / "config.json").exists() and any(path.glob("*.safetensors"))
 
 
 def _is_params(path: epath.Path) -> bool:
-    """Whether an Orbax PyTree lies here; its metadata is written when all arrays are."""
+    """Whether this is a finished Orbax PyTree; Orbax writes its metadata after all arrays."""
     return (path / "_METADATA").exists()
 
 
 def _finished_steps(folder: epath.Path) -> dict[int, epath.Path]:
-    """Steps under `folder` that were saved to their end; Orbax renames a step as its last act."""
+    """Steps whose saving has finished; Orbax gives a step its name at the end."""
     names = ocp.path.step.standard_name_format()
     return {
         found.step: found.path
@@ -97,7 +98,7 @@ def resolve(path: epath.PathLike) -> CheckpointDir:
     if (path / PARAMS).exists():
         raise CheckpointError(
             f"{path / PARAMS} is not a finished Orbax checkpoint (it has no _METADATA); its saving "
-            "or copying broke off."
+            "or copying was interrupted."
         )
     hint = " It is a Hugging Face folder; convert it with conversion.from_hf." * is_hf_folder(path)
     raise CheckpointError(

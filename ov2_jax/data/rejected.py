@@ -1,16 +1,19 @@
-"""What goes wrong with data: one sample (set aside and counted) or the whole run (stops it)."""
+"""Samples that cannot be used: why, and the list of them on disk."""
 
 import json
 from pathlib import Path
 from typing import NamedTuple
 
-from ov2_jax.core.errors import DataError, UserError
+from etils import epath
 
-# Why a sample is set aside. The vocabulary is fixed, so that counts by reason mean something.
+from ov2_jax.core.errors import DataError, UserError
+from ov2_jax.core.files import write_file
+
+# Why a sample is rejected. The list is fixed, so that counts by reason can be compared.
 REASONS = (
     "bad_json",  # the line is not JSON
-    "bad_shard",  # a file that is damaged there: Parquet, tar, ArrayRecord, ...
-    "bad_record",  # read, but not a sample of the documented form
+    "bad_shard",  # the file is damaged there: Parquet, tar, ArrayRecord, ...
+    "bad_record",  # readable, but not a sample of the documented form
     "unsupported_field",  # a field that would change the sample's meaning and is not read
     "unknown_role",
     "bad_turns",  # questions and answers do not alternate
@@ -22,14 +25,13 @@ REASONS = (
     "bad_image",
     "bad_video",
     "video_timeout",
-    "bad_aspect",  # longer than 200 times its short side
+    "bad_aspect",  # one side is over 200 times the other
     "too_long",  # more tokens than a text row
     "window_too_large",  # more patches than the largest vision row
-    "too_many_patches",  # more windows than all vision rows of a pack hold
-    "plan_mismatch",  # not of the length that it had when the plan was made
-    "internal_error",  # an exception nobody foresaw; its text is in the detail
+    "too_many_patches",  # its windows do not fit into all vision rows of a pack
+    "plan_mismatch",  # its length has changed since the plan was made
+    "internal_error",  # an unforeseen exception; its text is in the detail
 )
-
 
 _MOST_CHARACTERS = 2000  # of a detail, which may quote a field of any length
 
@@ -47,9 +49,13 @@ class SampleError(UserError):
         self.detail = detail
 
 
+def bad_record(detail: str) -> SampleError:
+    return SampleError("bad_record", detail)
+
+
 class Rejected(NamedTuple):
-    """A sample that was set aside. It travels through the pipeline in the sample's place, so that
-    the order of samples does not depend on the number of workers."""
+    """A rejected sample. It travels through the pipeline in the sample's place, so that the order
+    of samples does not depend on the number of workers."""
 
     reason: str
     detail: str
@@ -58,23 +64,29 @@ class Rejected(NamedTuple):
     line: int
 
 
-class RejectLog:
-    """Appends to `rejected.jsonl`, every sample once however often it comes by.
+def rejected_line(rejected: Rejected) -> bytes:
+    """A line of rejected.jsonl."""
+    line = json.dumps(rejected._asdict(), ensure_ascii=False) + "\n"
+    return line.encode("utf-8", "backslashreplace")
 
-    What the file already holds counts as written, so neither later epochs nor a resumed run repeat
-    a line.
+
+class RejectLog:
+    """Appends to `rejected.jsonl`, each sample once, however often it is read.
+
+    Samples that the file already lists count as written, so neither later epochs nor a resumed run
+    repeat a line. The file is local, as remote ones cannot be appended to.
+
+    Raises:
+      DataError: the file exists and is not a list of rejected samples.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: epath.PathLike) -> None:
         self._path = Path(path)
         self._known: set[tuple[str, int]] = set()
         if self._path.exists():
             data = self._path.read_bytes()
             # A run that was killed while writing leaves half a line, which is cut off.
             whole = data[: data.rfind(b"\n") + 1]
-            if len(whole) < len(data):
-                with self._path.open("r+b") as file:
-                    file.truncate(len(whole))
             for line in whole.splitlines():
                 try:
                     entry = json.loads(line)
@@ -84,6 +96,8 @@ class RejectLog:
                         f"{self._path} is not a list of rejected samples ({error}); move it away "
                         "or name another file."
                     ) from error
+            if len(whole) < len(data):
+                write_file(self._path, whole)
 
     @property
     def path(self) -> Path:
@@ -96,7 +110,6 @@ class RejectLog:
             return False
         self._known.add(key)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(rejected._asdict(), ensure_ascii=False) + "\n"
         with self._path.open("ab") as file:
-            file.write(line.encode("utf-8", "backslashreplace"))
+            file.write(rejected_line(rejected))
         return True

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Int32, UInt8
 
 
 class EncodedSample(NamedTuple):
@@ -17,17 +18,17 @@ class EncodedSample(NamedTuple):
     file: str
     line: int
     task: str
-    tokens: np.ndarray  # int32 [n]
-    loss_mask: np.ndarray  # bool [n]: this token is to be learnt
-    windows: np.ndarray  # int32 [k]: patches of each window
-    patches: np.ndarray  # uint8 [P C*p*p]
-    patch_positions: np.ndarray  # int32 [P 3]: (t, h, w)
+    tokens: Int32[np.ndarray, " n"]
+    loss_mask: Bool[np.ndarray, " n"]  # this token is to be learnt
+    windows: Int32[np.ndarray, " k"]  # patches of each window
+    patches: UInt8[np.ndarray, "P values"]
+    patch_positions: Int32[np.ndarray, "P 3"]  # (t, h, w)
     dropped_rounds: int = 0  # question-answer rounds left out because of on_long="drop_rounds"
     uniform_fallbacks: int = 0  # clips too short for codec-style reading, read as uniform frames
 
 
 class SampleLength(NamedTuple):
-    """What packing needs to know of a sample, from headers alone where they tell it."""
+    """The length that packing needs; pictures and uniform frames are not decoded for it."""
 
     id: str
     source: str
@@ -40,7 +41,7 @@ class SampleLength(NamedTuple):
 
 
 class SampleSize(NamedTuple):
-    """What placement needs to know of a sample."""
+    """The part of a sample's length that placement works with."""
 
     tokens: int
     windows: tuple[int, ...]  # patches of each window, in order

@@ -1,10 +1,10 @@
 """Batched generation with a key/value cache: prompts in, texts out.
 
-Dimension letters: N prompts, L prompt tokens, S cache slots (L and the new tokens), V vocabulary,
-R vision rows of W patches (one window each).
+A batch has B prompts of up to L tokens; the cache has S slots, for L and the new tokens.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,12 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Float32, Int32, PRNGKeyArray
 
 from ov2_jax.config.compute import ComputeConfig
 from ov2_jax.config.model import ModelConfig
-from ov2_jax.core.batch import IGNORE, Batch, VisionRows
+from ov2_jax.config.pack import PackConfig
+from ov2_jax.core.batch import Array, Batch
 from ov2_jax.core.errors import ConfigError
 from ov2_jax.data.encoding.tokenizer import IM_END, Tokenizer, token_ids
+from ov2_jax.data.packing.build import build_pack
+from ov2_jax.data.packing.placement import Placement, WindowPlace
 from ov2_jax.data.sample import EncodedSample
 from ov2_jax.model.decoder import KVCache
 from ov2_jax.model.llava_onevision2 import LlavaOnevision2
@@ -48,52 +52,37 @@ def _round_up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-def prompt_batch(prompts: Sequence[EncodedSample], config: ModelConfig) -> tuple[Batch, np.ndarray]:
-    """Prompts as one pack, one text row a prompt and one vision row a window, and lengths [N].
+def prompt_batch(
+    prompts: Sequence[EncodedSample], config: ModelConfig
+) -> tuple[Batch, Int32[np.ndarray, " B"]]:
+    """Prompts as one pack with a text row for each prompt and a vision row for each window, and the
+    prompts' lengths.
 
-    Rows are padded at their end: prompt tokens sit at their own positions, new ones follow.
+    Rows are padded at their end: prompt tokens stay at their own positions, new tokens follow.
     """
-    n = len(prompts)
-    length = _round_up(max(len(p.tokens) for p in prompts), _TOKEN_STEP)
-    sizes = [int(w) for p in prompts for w in p.windows]
-    unit = config.vision.merge_unit
-    width = _round_up(max(sizes, default=0), math.lcm(unit, 16))
-    rows = 2 ** math.ceil(math.log2(len(sizes))) if sizes else 0
-    batch = Batch(*(np.zeros((1, n, length), np.int32) for _ in range(5)), ())
-    batch.targets[:] = IGNORE
-    batch.vision_index[:] = -1
-    vision = VisionRows(
-        np.zeros((1, rows, width, config.vision.patch_dim), np.uint8),
-        np.zeros((1, rows, width, 3), np.int32),
-        np.zeros((1, rows, width), np.int32),
-    )
-    row = 0
-    for i, prompt in enumerate(prompts):
-        k = len(prompt.tokens)
-        batch.tokens[0, i, :k] = prompt.tokens
-        batch.positions[0, i, :k] = np.arange(k)
-        batch.segment_ids[0, i, :k] = 1
-        index, start = [], 0
-        for size in map(int, prompt.windows):
-            vision.patches[0, row, :size] = prompt.patches[start : start + size]
-            vision.patch_positions[0, row, :size] = prompt.patch_positions[start : start + size]
-            vision.segment_ids[0, row, :size] = 1
-            index.extend(range(row * width // unit, (row * width + size) // unit))
-            start, row = start + size, row + 1
-        pads = np.flatnonzero(prompt.tokens == config.image_token_id)
-        if len(pads) != len(index):
-            raise ValueError(
-                f"Prompt {i} has {len(pads)} image placeholders for {len(index)} merged tokens."
-            )
-        batch.vision_index[0, i, pads] = index
     lengths = np.array([len(p.tokens) for p in prompts], np.int32)
-    return batch._replace(vision=(vision,) if sizes else ()), lengths
+    windows = [w for p in prompts for w in p.windows.tolist()]
+    classes: tuple[tuple[int, int], ...] = ()
+    if windows:
+        width = _round_up(max(windows), math.lcm(config.vision.merge_unit, 16))
+        classes = ((2 ** math.ceil(math.log2(len(windows))), width),)
+    pack = PackConfig(len(prompts), _round_up(int(lengths.max()), _TOKEN_STEP), classes)
+    vision_rows = itertools.count()
+    placements = [
+        Placement(i, i, 0, tuple(WindowPlace(0, next(vision_rows), 0) for _ in prompt.windows))
+        for i, prompt in enumerate(prompts)
+    ]
+    batch, _ = build_pack(prompts, placements, pack, config)
+    return jax.tree.map(lambda x: x[None], batch), lengths
 
 
 def choose_tokens(
-    logits: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax.Array
-) -> jax.Array:
-    """Logits [N V] -> tokens [N]: the largest at temperature 0, else a draw from the nucleus."""
+    logits: Float32[Array, "B V"],
+    key: PRNGKeyArray,
+    temperature: Float32[Array, ""],
+    top_p: Float32[Array, ""],
+) -> Int32[Array, " B"]:
+    """The likeliest tokens at temperature 0, else a draw from the nucleus."""
     scaled = logits / jnp.maximum(temperature, 1e-6)
     ordered = jnp.sort(scaled, -1, descending=True)
     mass = jnp.cumsum(jax.nn.softmax(ordered, -1), -1)
@@ -109,15 +98,15 @@ def _generate(
     graph: nnx.GraphDef,
     params: Any,
     batch: Batch,
-    lengths: jax.Array,  # [N]
-    temperature: jax.Array,
-    top_p: jax.Array,
-    key: jax.Array,
+    lengths: Int32[Array, " B"],
+    temperature: Float32[Array, ""],
+    top_p: Float32[Array, ""],
+    key: PRNGKeyArray,
     *,
     max_new_tokens: int,
     stop_token: int,
-) -> jax.Array:
-    """New tokens [N max_new_tokens]; behind a row's stop token everything is stop tokens."""
+) -> Int32[Array, "B new"]:
+    """The new tokens, `new` = max_new_tokens; after a row's stop token all are stop tokens."""
     model: LlavaOnevision2 = nnx.merge(graph, params)
     hidden, collected = model(batch, collect_cache=True)
     rows = jnp.arange(hidden.shape[0])

@@ -1,7 +1,6 @@
 """The Qwen3 decoder: RMSNorm, grouped-query attention with normed q and k, SwiGLU or experts.
 
-Dimension letters: B rows, L tokens, D width, H query heads, J key/value heads, K head size,
-N layers, S slots of the key/value cache.
+On a mesh, L is a device's own tokens of a row, Q those of its tensor group, T the whole row.
 """
 
 import functools
@@ -11,12 +10,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from ov2_jax.config.compute import ComputeConfig
 from ov2_jax.config.model import TextConfig
 from ov2_jax.model.attention import Segments, attention, kernel_of, masked_attention
-from ov2_jax.model.layers.basic import Linear, RMSNorm, scan_layers, stack
+from ov2_jax.model.layers.linear import Linear
+from ov2_jax.model.layers.norms import RMSNorm
 from ov2_jax.model.layers.rope import Rope, rotate_half, text_rope
+from ov2_jax.model.layers.stack import scan_layers, stack
 from ov2_jax.model.moe.mixture import MixtureOfExperts, RouterLoad
 from ov2_jax.sharding.exchange import (
     axis_index,
@@ -29,38 +31,42 @@ from ov2_jax.sharding.exchange import (
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers, [N B S J K]."""
+    """Keys and values of all layers, or of one without the N axis."""
 
-    keys: jax.Array
-    values: jax.Array
+    keys: Float[Array, "*N B S J K"]
+    values: Float[Array, "*N B S J K"]
 
 
 class Collected(NamedTuple):
-    """What a pass over rows gives beside the hidden states; None where there is nothing."""
+    """What a pass over rows gives in addition to the hidden states."""
 
-    cache: KVCache | None  # if asked for
-    load: RouterLoad | None  # of every layer [N ...], where the decoder is a mixture of experts
+    cache: KVCache | None  # None unless `collect_cache` asks for it
+    load: RouterLoad | None  # of every layer; None if the decoder is dense
 
 
 class Row(NamedTuple):
-    """What every layer needs to know of packed rows, made once for all of them."""
+    """What every layer needs of packed rows, made once for all layers."""
 
-    rope: Rope  # of the tokens of a tensor group, L'
-    segments: Segments  # their queries against the keys of the whole row
-    real: jax.Array  # bool [B L]: this device's tokens that are not padding
+    rope: Rope  # of the tokens of a tensor group: [B Q K]
+    segments: Segments  # of their queries and of the keys of the whole row
+    real: Bool[Array, "B L"]  # this device's tokens that are not padding
 
 
 @jax.custom_vjp
-def _rows_of(table: jax.Array, index: jax.Array) -> jax.Array:
-    """Rows of a table [V D]. The gradient adds up in float32: a frequent token has thousands."""
+def _rows_of(table: Float[Array, "V D"], index: Int[Array, "*any"]) -> Float[Array, "*any D"]:
+    """Rows of a table. The gradient adds up in float32: a frequent token has thousands."""
     return table[index]
 
 
-def _rows_of_forward(table: jax.Array, index: jax.Array) -> tuple:
+def _rows_of_forward(
+    table: Float[Array, "V D"], index: Int[Array, "*any"]
+) -> tuple[Float[Array, "*any D"], tuple]:
     return table[index], (index, jnp.zeros((0, len(table)), table.dtype))
 
 
-def _rows_of_backward(saved: tuple, gradient: jax.Array) -> tuple[jax.Array, None]:
+def _rows_of_backward(
+    saved: tuple, gradient: Float[Array, "*any D"]
+) -> tuple[Float[Array, "V D"], None]:
     index, like = saved
     zero = jnp.zeros((like.shape[1], gradient.shape[-1]), jnp.float32)
     return zero.at[index].add(gradient.astype(jnp.float32)).astype(like.dtype), None
@@ -73,8 +79,8 @@ class Embedding(nnx.Module):
     def __init__(self, vocab_size: int, width: int, *, std: float, rngs: nnx.Rngs) -> None:
         self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (vocab_size, width)))
 
-    def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """int [B L] -> [B L D]. Under tensor parallelism the table holds a part of the words."""
+    def __call__(self, tokens: Int[Array, "B L"], dtype: jnp.dtype) -> Float[Array, "B L D"]:
+        """Embeddings of tokens. Under tensor parallelism a device has a part of the words."""
         table = self.embedding[...].astype(dtype)
         if axis_size("tensor") == 1:
             return _rows_of(table, tokens)
@@ -97,16 +103,18 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(size, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(size, eps=config.rms_norm_eps)
 
-    def qkv(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B L D] -> q [B L H K], k and v [B L J K]."""
+    def qkv(
+        self, x: Float[Array, "B Q D"], rope: Rope
+    ) -> tuple[Float[Array, "B Q H K"], Float[Array, "B Q J K"], Float[Array, "B Q J K"]]:
+        """Queries, keys and values of the same tokens."""
         q, k, v = (
             proj(x).reshape(*x.shape[:2], -1, self.head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         return rotate_half(self.q_norm(q), rope), rotate_half(self.k_norm(k), rope), v
 
-    def out(self, x: jax.Array) -> jax.Array:
-        """[B L H K] -> [B L D]."""
+    def out(self, x: Float[Array, "B Q H K"]) -> Float[Array, "B Q D"]:
+        """The output projection of all heads."""
         return self.o_proj(x.reshape(*x.shape[:2], -1))
 
 
@@ -120,8 +128,10 @@ class SwiGLU(nnx.Module):
         self.up_proj = linear(width, hidden, bias=False)
         self.down_proj = linear(hidden, width, bias=False)
 
-    def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, None]:
-        """[B L D] -> [B L D]; as in MixtureOfExperts, but there is no load to tell of."""
+    def __call__(
+        self, x: Float[Array, "B L D"], real: Bool[Array, "B L"]
+    ) -> tuple[Float[Array, "B L D"], None]:
+        """As MixtureOfExperts, but there is no router and so no load."""
         del real
         x = gather_tokens(x)
         gate = checkpoint_name(self.gate_proj(x), "gate")
@@ -136,15 +146,21 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = (MixtureOfExperts if config.num_experts else SwiGLU)(config, rngs)
 
-    def feed_forward(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, RouterLoad | None]:
-        """x [B L D], real [B L]: not padding."""
+    def feed_forward(
+        self, x: Float[Array, "B L D"], real: Bool[Array, "B L"]
+    ) -> tuple[Float[Array, "B L D"], RouterLoad | None]:
+        """The layer's second half; `real` tokens are not padding."""
         y, load = self.mlp(self.post_attention_layernorm(x), real)
         return x + y, load
 
     def __call__(
-        self, x: jax.Array, row: Row, kernel: str
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], RouterLoad | None]:
-        """Packed rows: [B L D] -> [B L D], this layer's keys and values, its router's load.
+        self, x: Float[Array, "B L D"], row: Row, kernel: str
+    ) -> tuple[
+        Float[Array, "B L D"],
+        tuple[Float[Array, "B Q J K"], Float[Array, "B Q J K"]],
+        RouterLoad | None,
+    ]:
+        """Hidden states of packed rows, this layer's keys and values, and its router's load.
 
         A device's heads attend from the tokens of its tensor group to the keys of the whole row.
         """
@@ -156,9 +172,13 @@ class DecoderLayer(nnx.Module):
         return x, (k, v), load
 
     def step(
-        self, x: jax.Array, rope: Rope, cache: tuple[jax.Array, jax.Array], slots: jax.Array
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """One more token a row: x [B 1 D] goes to slot `slots` [B] of this layer's [B S J K]."""
+        self,
+        x: Float[Array, "B 1 D"],
+        rope: Rope,
+        cache: tuple[Float[Array, "B S J K"], Float[Array, "B S J K"]],
+        slots: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B 1 D"], tuple[Float[Array, "B S J K"], Float[Array, "B S J K"]]]:
+        """One more token for each row; its key and value go into its slot of this layer's cache."""
         q, k, v = self.attn.qkv(self.input_layernorm(x), rope)
         rows = jnp.arange(x.shape[0])
         keys = cache[0].at[rows, slots].set(k[:, 0])
@@ -194,33 +214,33 @@ class Decoder(nnx.Module):
             else linear(config.hidden_size, config.vocab_size, bias=False)
         )
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        """int [...] -> [... D]."""
+    def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Embeddings in the compute dtype."""
         return self.embed_tokens(tokens, jnp.dtype(self.compute.dtype))
 
-    def head(self) -> jax.Array:
-        """The output kernel, [D V]."""
+    def head(self) -> Float[Array, "D V"]:
+        """The output kernel."""
         if self.lm_head is None:
             return self.embed_tokens.embedding[...].T
         return self.lm_head.kernel[...]
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """[... D] -> float32 [... V]."""
+    def logits(self, hidden: Float[Array, "*any D"]) -> Float32[Array, "*any V"]:
+        """Logits over the vocabulary."""
         kernel = self.head().astype(hidden.dtype)
         return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
-    def _rope(self, positions: jax.Array) -> Rope:
+    def _rope(self, positions: Int[Array, "B L"]) -> Rope:
         return text_rope(positions, head_dim=self.config.head_dim, theta=self.config.rope_theta)
 
     def __call__(
         self,
-        embeddings: jax.Array,  # [B L D]
-        positions: jax.Array,  # int [B L]
-        segment_ids: jax.Array,  # int [B L]
+        embeddings: Float[Array, "B L D"],
+        positions: Int[Array, "B L"],
+        segment_ids: Int[Array, "B L"],
         *,
         collect_cache: bool = False,
-    ) -> tuple[jax.Array, Collected]:
-        """Hidden states [B L D] behind the final norm, and what was collected on the way."""
+    ) -> tuple[Float[Array, "B L D"], Collected]:
+        """Hidden states after the final norm, and what the layers collected."""
         ids = gather_tokens(segment_ids)
         row = Row(
             rope=self._rope(gather_tokens(positions)),
@@ -228,7 +248,9 @@ class Decoder(nnx.Module):
             real=segment_ids > 0,
         )
 
-        def step(layer: DecoderLayer, x: jax.Array, _: None) -> tuple:
+        def step(
+            layer: DecoderLayer, x: Float[Array, "B L D"], _: None
+        ) -> tuple[Float[Array, "B L D"], Collected]:
             x, kv, load = layer(x, row, kernel_of(self.compute))
             return x, Collected(KVCache(*kv) if collect_cache else None, load)
 
@@ -236,12 +258,16 @@ class Decoder(nnx.Module):
         return self.norm(x), collected
 
     def decode(
-        self, tokens: jax.Array, slots: jax.Array, cache: KVCache
-    ) -> tuple[jax.Array, KVCache]:
-        """One step of generation: tokens [B] at positions `slots` [B] -> logits [B V], cache."""
+        self, tokens: Int[Array, " B"], slots: Int[Array, " B"], cache: KVCache
+    ) -> tuple[Float32[Array, "B V"], KVCache]:
+        """One step of generation: logits for one more token of each row, at position `slots`."""
         rope = self._rope(slots[:, None])
 
-        def step(layer: DecoderLayer, x: jax.Array, kv: tuple) -> tuple:
+        def step(
+            layer: DecoderLayer,
+            x: Float[Array, "B 1 D"],
+            kv: tuple[Float[Array, "B S J K"], Float[Array, "B S J K"]],
+        ) -> tuple[Float[Array, "B 1 D"], tuple[Float[Array, "B S J K"], Float[Array, "B S J K"]]]:
             return layer.step(x, rope, kv, slots)
 
         x, kv = scan_layers(

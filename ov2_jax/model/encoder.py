@@ -1,7 +1,4 @@
-"""OneVision-Encoder: a native-resolution ViT with (t, h, w) RoPE and windowed attention.
-
-Dimension letters: N patches of all rows, B rows, P patches of a row, D width, H heads.
-"""
+"""OneVision-Encoder: a native-resolution ViT with (t, h, w) RoPE and windowed attention."""
 
 import functools
 import math
@@ -11,17 +8,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
 
 from ov2_jax.config.compute import ComputeConfig
 from ov2_jax.config.model import VisionConfig
 from ov2_jax.model.attention import Segments, attention, kernel_of, masked_attention, row_segments
-from ov2_jax.model.layers.basic import NORMS, Linear, RMSNorm, scan_layers, stack
+from ov2_jax.model.layers.linear import Linear
+from ov2_jax.model.layers.norms import NORMS, RMSNorm
 from ov2_jax.model.layers.rope import Rope, rotate_neighbours, vision_rope
+from ov2_jax.model.layers.stack import scan_layers, stack
 
-Classes = tuple[Segments, ...]  # of the classes of rows
+Classes = tuple[Segments, ...]  # of the classes of vision rows
 
 
-def gelu(x: jax.Array) -> jax.Array:
+def gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
     """The exact (erf) GELU."""
     return jax.nn.gelu(x, approximate=False)
 
@@ -34,7 +34,9 @@ class Attention(nnx.Module):
         self.qkv = linear(width, 3 * width, bias=True)
         self.proj = linear(width, width, bias=True)
 
-    def __call__(self, x: jax.Array, rope: Rope, classes: Classes, kernel: str) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "P D"], rope: Rope, classes: Classes, kernel: str
+    ) -> Float[Array, "P D"]:
         n, d = x.shape
         qkv = self.qkv(x).reshape(n, 3, self.heads, d // self.heads)
         q, k = rotate_neighbours(qkv[:, 0], rope), rotate_neighbours(qkv[:, 1], rope)
@@ -54,7 +56,7 @@ class MLP(nnx.Module):
         self.fc1 = linear(config.hidden_size, config.intermediate_size, bias=True)
         self.fc2 = linear(config.intermediate_size, config.hidden_size, bias=True)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*any D"]) -> Float[Array, "*any D"]:
         return self.fc2(gelu(checkpoint_name(self.fc1(x), "fc1")))
 
 
@@ -66,7 +68,9 @@ class EncoderLayer(nnx.Module):
         self.layer_norm2 = norm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x: jax.Array, rope: Rope, classes: Classes, kernel: str) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "P D"], rope: Rope, classes: Classes, kernel: str
+    ) -> Float[Array, "P D"]:
         x = x + self.attn(self.layer_norm1(x), rope, classes, kernel)
         x = checkpoint_name(x, "vision_attended")
         return x + self.mlp(self.layer_norm2(x))
@@ -80,7 +84,9 @@ class PoolingAttention(nnx.Module):
         self.qkv = linear(width, 3 * width, bias=True)
         self.proj = linear(width, width, bias=True)
 
-    def __call__(self, probe: jax.Array, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(
+        self, probe: Float[Array, "R 1 D"], x: Float[Array, "R W D"], mask: Bool[Array, "R W"]
+    ) -> Float[Array, "R 1 D"]:
         b, p, d = x.shape
         kernel = jnp.split(self.qkv.kernel[...].astype(x.dtype), 3, -1)
         bias = jnp.split(self.qkv.bias[...].astype(x.dtype), 3, -1)
@@ -93,7 +99,7 @@ class PoolingAttention(nnx.Module):
 
 
 class PoolingHead(nnx.Module):
-    """Attention pooling with a learned probe (of the standalone encoder)."""
+    """Attention pooling with a learned probe, in the standalone encoder."""
 
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs) -> None:
         width = config.hidden_size
@@ -104,22 +110,22 @@ class PoolingHead(nnx.Module):
         self.norm = RMSNorm(width, eps=config.layer_norm_eps)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """x [B P D], mask bool [B P] of the real patches -> [B D]."""
+    def __call__(self, x: Float[Array, "R W D"], mask: Bool[Array, "R W"]) -> Float[Array, "R D"]:
+        """One vector for each row, from the patches under the mask."""
         probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
         a = self.attn(probe, x, mask)
         return (a + self.mlp(self.norm(a)))[:, 0]
 
 
 class VisionEncoder(nnx.Module):
-    """The encoder by itself: patches and their positions in, patch features out.
+    """The encoder alone: patches and their positions in, patch features out.
 
-    Rows of a class are of one length. Only attention cares for rows; all else takes the patches of
-    all classes together, so that a layer is gathered, compiled and run once, whatever the classes.
+    Rows of a class have one length. Only attention works on rows; everything else takes the patches
+    of all classes as one list, so that a layer is gathered, compiled and run once for any classes.
 
-    In a standalone encoder a sample is one row and one window, its patches in raster order. In the
-    full model a row holds several windows and patches come in m x m block order; the encoder does
-    not care.
+    In a standalone encoder a sample is one row and one window, with patches in raster order. In the
+    full model a row holds several windows, with patches in m x m blocks. The encoder treats both
+    the same.
     """
 
     def __init__(
@@ -139,29 +145,42 @@ class VisionEncoder(nnx.Module):
 
     def __call__(
         self,
-        patches: jax.Array,  # float [N C*p*p], normalised: the rows of the classes, one by one
-        patch_positions: jax.Array,  # int [N 3]
-        segment_ids: Sequence[jax.Array],  # of each class int [B P], windows; 0 is padding
+        patches: Float[Array, "P values"],
+        patch_positions: Int[Array, "P 3"],
+        segment_ids: Sequence[Int[Array, "_R _W"]],
         *,
         collect_layers: bool = False,
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Features [N D], behind the post-norm if there is one, and each layer's output
-        [layers N D] if `collect_layers`."""
+    ) -> tuple[Float[Array, "P D"], Float[Array, "N P D"] | None]:
+        """Features of all patches.
+
+        Args:
+          patches: normalised, the rows of the first class one after the other, then the next class.
+          patch_positions: (t, h, w) of each patch.
+          segment_ids: the windows of each class's rows, 0 for padding; R and W differ by class.
+          collect_layers: return the output of every layer as well.
+
+        Returns:
+          The features, after the post-norm if there is one, and the layers' outputs or None.
+        """
         rope = vision_rope(
             patch_positions, head_dim=self.config.head_dim, theta=self.config.rope_theta
         )
         classes = tuple(row_segments(ids, causal=False) for ids in segment_ids)
         x = self.layernorm_pre(self.patch_embedding(patches.astype(jnp.dtype(self.compute.dtype))))
 
-        def step(layer: EncoderLayer, x: jax.Array, _: None) -> tuple:
+        def step(
+            layer: EncoderLayer, x: Float[Array, "P D"], _: None
+        ) -> tuple[Float[Array, "P D"], Float[Array, "P D"] | None]:
             x = layer(x, rope, classes, kernel_of(self.compute))
             return x, (x if collect_layers else None)
 
         x, layers = scan_layers(self.layers, step, x, compute=self.compute)
         return (x if self.layernorm_post is None else self.layernorm_post(x)), layers
 
-    def pool(self, features: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        """Features [B P D] -> [B D] with the pooling head, over patches of segments > 0."""
+    def pool(
+        self, features: Float[Array, "R W D"], segment_ids: Int[Array, "R W"]
+    ) -> Float[Array, "R D"]:
+        """The pooling head over the patches of segments > 0; raises ValueError if there is none."""
         if self.head is None:
             raise ValueError("This encoder has no pooling head: its config has use_head false.")
         return self.head(features, segment_ids > 0)

@@ -2,16 +2,17 @@
 
 import functools
 
-import jax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from ov2_jax.config.model import VisionConfig
 from ov2_jax.model.encoder import gelu
-from ov2_jax.model.layers.basic import LayerNorm, Linear
+from ov2_jax.model.layers.linear import Linear
+from ov2_jax.model.layers.norms import LayerNorm
 
 
 class Merger(nnx.Module):
-    """LayerNorm of each patch (also where the encoder has RMSNorm), concatenation, an MLP."""
+    """LayerNorm of each patch (also if the encoder has RMSNorm), concatenation, an MLP."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
         linear = functools.partial(Linear, std=config.initializer_range, rngs=rngs)
@@ -20,7 +21,7 @@ class Merger(nnx.Module):
         self.fc1 = linear(self.block, self.block, bias=True)
         self.fc2 = linear(self.block, config.out_hidden_size, bias=True)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[N D] in block order -> [N/m^2 D']."""
+    def __call__(self, x: Float[Array, "P D"]) -> Float[Array, "M O"]:
+        """Every m*m consecutive patches become a token of the decoder's width: M = P / m^2."""
         x = self.ln_q(x).reshape(-1, self.block)
         return self.fc2(gelu(self.fc1(x)))

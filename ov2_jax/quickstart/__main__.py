@@ -1,7 +1,7 @@
-"""The whole road in one command: python -m ov2_jax.quickstart [--out=runs/quickstart]
+"""The whole pipeline in one command: python -m ov2_jax.quickstart [--out=runs/quickstart]
 
 Writes a small data set of real files, trains a small model on it (configs/quickstart.py), answers
-held-out questions, exports a Hugging Face folder, and ends with a table. Run again, it goes on
+held-out questions, exports a Hugging Face folder, and ends with a table. Run again, it continues
 where it stopped.
 """
 
@@ -90,7 +90,7 @@ def main(given: Given) -> None:
     for name, path in (
         ("data set", out / "data"),
         ("checkpoints, metrics", out / "model"),
-        ("set-aside samples", out / "model/rejected.jsonl"),
+        ("rejected samples", out / "model/rejected.jsonl"),
         ("answers", out / "answers.jsonl"),
         ("Hugging Face folder", export),
     ):

@@ -11,7 +11,6 @@ makes
 Paths in the JSONL files are relative to DIR. The same arguments give the same bytes.
 """
 
-import argparse
 import concurrent.futures
 import dataclasses
 import hashlib
@@ -24,19 +23,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import flags
 
 from ov2_jax.core.errors import UserError
+from ov2_jax.core.program import Given, run
 from ov2_jax.quickstart import drawing, tasks
 
 MARKER = "dataset.json"
 # train.jsonl holds these broken samples on purpose: real data has them, and a newcomer should see
-# that they are set aside with a reason, a file and a line instead of ending the run or being
+# that they are rejected with a reason, a file and a line, and neither end the run nor are
 # trained on. They come on top of the samples asked for.
 BROKEN = ("missing-file", "truncated-jpeg", "placeholder-mismatch", "broken-json")
 
 
 class DatasetError(UserError):
-    """A data set that cannot be written where or as asked."""
+    """A data set that cannot be written as asked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,19 +214,20 @@ def write_dataset(
     return dataset
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Writes the quickstart's data set.")
-    parser.add_argument("--out", required=True, help="folder of the data set")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train", type=int, default=16000, help="samples to train on")
-    parser.add_argument("--heldout", type=int, default=240, help="samples to evaluate on")
-    args = parser.parse_args()
-    dataset = write_dataset(args.out, seed=args.seed, train=args.train, heldout=args.heldout)
+def _define_flags() -> None:
+    flags.DEFINE_string("out", None, "Folder of the data set.", required=True)
+    flags.DEFINE_integer("seed", 0, "Of everything that is drawn at random.")
+    flags.DEFINE_integer("train", 16000, "Samples to train on.")
+    flags.DEFINE_integer("heldout", 240, "Samples to evaluate on.")
+
+
+def main(given: Given) -> None:
+    dataset = write_dataset(given.out, seed=given.seed, train=given.train, heldout=given.heldout)
     for split, by_task in dataset.counts.items():
         listed = ", ".join(f"{task} {n}" for task, n in by_task.items())
         print(f"{dataset.root / split}.jsonl: {sum(by_task.values())} samples ({listed})")
-    print(f"and {dataset.broken} broken ones in train.jsonl, to show how they are set aside")
+    print(f"and {dataset.broken} broken ones in train.jsonl, to show how they are rejected")
 
 
 if __name__ == "__main__":
-    main()
+    run(main, _define_flags)

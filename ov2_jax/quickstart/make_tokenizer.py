@@ -8,14 +8,15 @@ that the tasks use. Run it again when the tasks' words change; the result is com
 compares the two.
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from absl import flags
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from conversion.formats.hf_folder import CHAT_TEMPLATE
+from conversion.formats.hf_tokenizer import CHAT_TEMPLATE
+from ov2_jax.core.program import run
 from ov2_jax.quickstart import tasks
 
 FOLDER = Path(__file__).parent / "tokenizer"
@@ -29,9 +30,9 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-# What BPE may merge: the default system prompt and the role headers as a whole (they are in every
-# sample: 2 tokens instead of 11), a timestamp's end, a word with its space, a mark; a digit never
-# with anything, so that numbers are spelled alike wherever they stand.
+# BPE may merge within these pieces: the default system prompt and the role headers as a whole (they
+# are in every sample: 2 tokens instead of 11), the end of a timestamp, a word with its space, a
+# mark. Digits are never merged, so a number is always spelled the same way.
 PIECES = (
     r"system\nYou are a helpful assistant\.",
     r"(?:system|user|assistant)\n",
@@ -106,11 +107,9 @@ def write_tokenizer(folder: Path) -> None:
         temporary.rename(folder / name)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Makes the quickstart's tokenizer.")
-    parser.add_argument("--out", type=Path, default=FOLDER)
-    write_tokenizer(parser.parse_args().out)
+def _define_flags() -> None:
+    flags.DEFINE_string("out", str(FOLDER), "Folder of the tokenizer.")
 
 
 if __name__ == "__main__":
-    main()
+    run(lambda given: write_tokenizer(Path(given.out)), _define_flags)

@@ -11,8 +11,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from ov2_jax.core.errors import ConfigError
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
-PACK_AXES = ("data", "fsdp", "expert")  # cut the packs of a batch
-ROW_AXES = ("context", "tensor")  # cut what a pack holds: tokens of a text row, vision rows
+PACK_AXES = ("data", "fsdp", "expert")  # cut a batch into packs
+ROW_AXES = ("context", "tensor")  # cut a pack: the tokens of a text row, the vision rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class MeshConfig:
     tensor: int = 1
 
     def sizes(self, devices: int) -> dict[str, int]:
-        """Axis sizes for that many devices; raises ConfigError where they do not multiply up."""
+        """Axis sizes for `devices` devices; raises ConfigError if their product is not that."""
         sizes = dataclasses.asdict(self)
         free = [name for name, size in sizes.items() if size == -1]
         if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
@@ -43,9 +43,9 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices of all processes (or the given ones)."""
+    """The mesh over the given devices, or over all devices of all processes."""
     sizes = config.sizes(len(devices or jax.devices()))
-    # Splitting allowed: an axis need not be a product of whole sides of a TPU's torus.
+    # Splitting is allowed: an axis need not be a product of whole sides of a TPU's torus.
     grid = mesh_utils.create_device_mesh(
         tuple(sizes.values()), devices, allow_split_physical_axes=True
     )
@@ -53,10 +53,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def data_shards(mesh: Mesh | AbstractMesh | Mapping[str, int]) -> int:
-    """How many packs the mesh holds side by side."""
+    """How many packs the mesh holds at a time, one in each data shard."""
     return axes_size(mesh, PACK_AXES)
 
 
 def axes_size(mesh: Mesh | AbstractMesh | Mapping[str, int], axes: tuple[str, ...]) -> int:
+    """Devices along the axes together; `mesh` may be the sizes of its axes."""
     shape = mesh if isinstance(mesh, Mapping) else mesh.shape
     return math.prod(shape[axis] for axis in axes)

@@ -1,12 +1,13 @@
-"""What lies where: the mesh, and one table of rules for parameters and one for the batch.
+"""How parameters and the batch are cut over the mesh: a table of rules for each.
 
-    data      replicas; the only axis that may cross slices or slow networks
-    fsdp      packs; parameters are cut over it and gathered layer by layer
-    expert    packs; experts lie apart on it, everything else as on fsdp
-    context   a pack's tokens and vision rows; parameters as on fsdp
-    tensor    a pack's tokens and vision rows; heads, MLPs and the vocabulary of the decoder
+    axis      of the batch it cuts         of the parameters it cuts
+    data      packs                        nothing: replicas; the only axis for slow networks
+    fsdp      packs                        matrices, which are gathered layer by layer
+    expert    packs                        experts; other matrices as on fsdp
+    context   a pack's tokens, vision rows matrices, as on fsdp
+    tensor    a pack's tokens, vision rows the decoder's heads, MLPs and vocabulary
 
-parallel.py has what devices exchange.
+exchange.py has what devices exchange.
 """
 
 from typing import Any
@@ -15,12 +16,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Int
 
 from ov2_jax.core.batch import Batch, VisionRows
 from ov2_jax.sharding.mesh import PACK_AXES, ROW_AXES
 
-# What the axes of a parameter mean, by the end of its path; the leading layer axis of a stack is
-# left out. Vectors are not listed: they are whole everywhere.
+# The meaning of a parameter's axes, by the end of its path, without the leading layer axis of a
+# stack. Vectors are not listed: every device has the whole of them.
 _PARAMETERS = (
     ("embed_tokens.embedding", ("vocab", "embed")),
     ("lm_head.kernel", ("embed", "vocab")),
@@ -42,9 +44,9 @@ _PARAMETERS = (
     ("fc2.kernel", (None, "width")),
 )
 
-# Axis meaning -> mesh axes that are gathered where the parameter is used. "width" and "router" are
-# the widths of matrices which tensor parallelism leaves whole: encoder and merger, and the router,
-# which alone is never cast to a smaller type.
+# Axis meaning -> mesh axes that are gathered when the parameter is used. "width" and "router" are
+# widths of matrices that tensor parallelism leaves whole: those of encoder and merger, and the
+# router, the only matrix that is never cast to a smaller type.
 GATHERED = {
     "embed": ("fsdp", "expert", "context"),
     "expert_embed": ("fsdp", "context"),
@@ -63,7 +65,7 @@ _MESH_AXES = GATHERED | {
 
 
 def parameter_axes(path: str) -> tuple[str | None, ...] | None:
-    """The meanings of the last axes of the parameter at a dotted path; None: whole everywhere."""
+    """The meanings of the last axes of the parameter at a dotted path, None if it is not cut."""
     return next((axes for end, axes in _PARAMETERS if path.endswith(end)), None)
 
 
@@ -85,9 +87,9 @@ def path_string(path: tuple[Any, ...]) -> str:
 
 
 def parameter_specs(params: Any) -> Any:
-    """PartitionSpec for every leaf of a tree of arrays or shapes, by the names of its path.
+    """The tree with a PartitionSpec for every array or shape, by the names of its path.
 
-    Optimizer moments lie in trees of the same paths and follow the same rules.
+    Optimizer moments have trees with the same paths and follow the same rules.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: parameter_spec(path_string(path), np.ndim(leaf)), params
@@ -95,17 +97,18 @@ def parameter_specs(params: Any) -> Any:
 
 
 def parameter_shardings(params: Any, mesh: Mesh) -> Any:
-    """The same as NamedShardings of a mesh."""
+    """`parameter_specs` as NamedShardings of a mesh."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), parameter_specs(params))
 
 
 # --- the batch ------------------------------------------------------------------------------------
 
 
-def batch_specs(classes: int, *, leading: int = 0) -> Batch:
-    """PartitionSpecs of a batch with so many classes of vision rows, behind `leading` whole axes.
+def batch_specs(classes: int, *, leading: int = 0) -> Any:
+    """A Batch of PartitionSpecs, for `classes` classes of vision rows and arrays [G ...].
 
-    Text rows are cut along their tokens, vision rows are dealt out.
+    Text rows are cut along their tokens; each vision row goes whole to one device. `leading` axes
+    before G, such as A, are not cut.
     """
     none = [None] * leading
     tokens = P(*none, PACK_AXES, None, ROW_AXES)
@@ -113,16 +116,16 @@ def batch_specs(classes: int, *, leading: int = 0) -> Batch:
     return Batch(*[tokens] * 5, (VisionRows(rows, rows, rows),) * classes)
 
 
-def batch_shardings(mesh: Mesh, classes: int, *, leading: int = 0) -> Batch:
-    """The same as NamedShardings of a mesh."""
+def batch_shardings(mesh: Mesh, classes: int, *, leading: int = 0) -> Any:
+    """`batch_specs` as NamedShardings of a mesh."""
     return jax.tree.map(lambda s: NamedSharding(mesh, s), batch_specs(classes, leading=leading))
 
 
-def token_order(length: int, context: int) -> np.ndarray:
-    """Which token of a row [length] lies at each place when rows are cut over `context` devices.
+def token_order(length: int, context: int) -> Int[np.ndarray, " L"]:
+    """The order of a row's tokens when rows are cut over `context` devices; `length` is L.
 
     A causal query late in a row sees more keys than an early one. The row is cut into 2 * context
-    pieces, and device i has pieces i and 2 * context - 1 - i: all have the same work.
+    pieces, and device i has pieces i and 2 * context - 1 - i, so that all have the same work.
     """
     if context == 1:
         return np.arange(length)

@@ -1,6 +1,6 @@
-"""Orbax checkpoints of a run: parameters, optimizer, step, loader, config and random stream.
+"""Orbax checkpoints of a run: parameters, optimizer, counters, loader and config.
 
-Nothing is ever restored in part: what does not fit raises CheckpointError.
+Nothing is ever restored in part: a checkpoint that does not fit raises CheckpointError.
 """
 
 import json
@@ -13,10 +13,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ov2_jax.config.experiment import CheckpointConfig
-from ov2_jax.core.errors import CheckpointError, DataError
-from ov2_jax.data.loader.steps import share_state
+from ov2_jax.core.errors import CheckpointError, DataError, describe
+from ov2_jax.data.loader.resume import share_state
 from ov2_jax.training.feed import Feed
-from ov2_jax.training.state import TrainState
+from ov2_jax.training.optimizer import Tree
+from ov2_jax.training.state import AbstractState, TrainState
 
 ITEMS = ("params", "train_state", "loader", "config")
 
@@ -25,7 +26,7 @@ _SAVE_ARGS = ocp.SaveArgs(chunk_byte_size=256 * 2**20, shard_axes=(0,))
 
 
 def latest_step(workdir: epath.Path) -> int:
-    """The newest step whose saving was finished, 0 if there is none."""
+    """The newest step whose saving has finished, 0 if there is none."""
     folder = workdir / "checkpoints"
     return max(ocp.utils.checkpoint_steps(folder), default=0) if folder.exists() else 0
 
@@ -68,12 +69,13 @@ class RunCheckpoints:
         )
 
     def restore(
-        self, step: int, abstract: TrainState, loader: grain.DatasetIterator, feed: Feed
+        self, step: int, abstract: AbstractState, loader: grain.DatasetIterator, feed: Feed
     ) -> TrainState:
-        """The state of a step, in the shardings of `abstract`, and the loader moved to it.
+        """The state of a step, in the shardings of `abstract`; moves the loader to that step.
 
         Raises CheckpointError if anything is missing or of another shape, and DataError if the
-        loader cannot go on from there: from other data, or without a plan with other processes.
+        loader cannot go on from there: the data differ, or the number of processes does and there
+        is no plan.
         """
         rest = abstract._asdict()
         params = rest.pop("params")
@@ -91,9 +93,10 @@ class RunCheckpoints:
         except DataError:
             raise
         except Exception as e:
+            reason = _difference(self._folder / str(step) / "train_state", rest)
             raise CheckpointError(
                 f"The checkpoint of step {step} in {self._folder} cannot be restored into this "
-                f"config's model and optimizer: {type(e).__name__}: {e}"
+                f"config's model and optimizer: {reason or describe(e)}"
             ) from e
         return TrainState(params=got.params, **got.train_state)
 
@@ -101,13 +104,15 @@ class RunCheckpoints:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._manager.wait_until_finished()  # whatever ended the run, a started save is finished
+        self._manager.wait_until_finished()  # also if an error ended the run
         self._manager.close()
 
 
 def _loader_states(folder: epath.Path) -> list[dict[str, Any]]:
-    """What the loader of each share saved, in their order; processes of one share saved the same.
-    Grain itself restores only a process's own."""
+    """The saved states of the loader, one for each share, in order of the shares.
+
+    Processes of one share saved the same. Grain itself restores only a process's own.
+    """
     found = sorted(
         (int(path.stem.removeprefix("process_").split("-of-")[0]), path)
         for path in folder.glob("process_*-of-*.json")
@@ -123,18 +128,44 @@ def _each(tree: Any, value: Any) -> Any:
     return jax.tree.map(lambda _: value, tree)
 
 
-def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
+def _difference(folder: epath.Path, abstract: Tree) -> str | None:
+    """A sentence on the arrays that a saved tree has and `abstract` lacks, or the reverse.
+
+    None if both have the same, or if the folder is damaged.
+    """
+    try:
+        tree = ocp.PyTreeCheckpointHandler().metadata(folder).tree
+    except Exception:  # Orbax raises many kinds
+        return None
+    saved, wanted = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator=".")
+            for path, _ in jax.tree_util.tree_flatten_with_path(x)[0]
+        }
+        for x in (tree, abstract)
+    )
+    parts = [
+        f"{verb} {', '.join(sorted(names)[:3])}" + f" and {len(names) - 3} more" * (len(names) > 3)
+        for verb, names in (("has", saved - wanted), ("lacks", wanted - saved))
+        if names
+    ]
+    if not parts:
+        return None
+    return f"it {' and '.join(parts)}; init_from starts a new run from its parameters."
+
+
+def _restore_args(abstract: Tree) -> ocp.args.PyTreeRestore:
     return ocp.args.PyTreeRestore(
         item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
     )
 
 
-def restore_params(folder: epath.Path, abstract: Any) -> Any:
-    """Parameters alone, from an Orbax `params` folder, cast and sharded as `abstract` says."""
+def restore_params(folder: epath.Path, abstract: Tree) -> Tree:
+    """Parameters alone, from an Orbax `params` folder, with `abstract`'s dtypes and shardings."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
             return checkpointer.restore(folder, args=_restore_args(abstract))
         except Exception as e:
             raise CheckpointError(
-                f"The parameters in {folder} do not fit the model: {type(e).__name__}: {e}"
+                f"The parameters in {folder} do not fit the model: {describe(e)}"
             ) from e

@@ -1,16 +1,17 @@
-"""The Hugging Face files that a run keeps for its export."""
+"""The Hugging Face files that a run keeps for its export: config, tokenizer and processor."""
 
 import pathlib
 import shutil
 
-from conversion.formats import hf_folder
+from conversion.formats.hf_completion import complete
+from conversion.formats.hf_files import copy_side_files, copy_tokenizer, write_json
 from ov2_jax.config.experiment import Experiment
 from ov2_jax.config.hf import model_config_to_hf
 from ov2_jax.core.checkpoint_dir import resolve
 
 
 def write_hf_folder(experiment: Experiment) -> None:
-    """At a run's start, `workdir/hf`: config.json, tokenizer and processor files, for export."""
+    """Writes WORKDIR/hf when a run starts; the folder appears under its name only when whole."""
     folder = pathlib.Path(experiment.workdir) / "hf"
     part = folder.with_name("hf.part")
     for old in (part, folder):  # of an earlier start that never came to a checkpoint
@@ -18,11 +19,11 @@ def write_hf_folder(experiment: Experiment) -> None:
             shutil.rmtree(old)
     part.mkdir(parents=True)
     if experiment.init_from is not None:
-        hf_folder.copy_side_files(resolve(experiment.init_from).require_hf(), part)
+        copy_side_files(resolve(experiment.init_from).require_hf(), part)
     else:
-        hf_folder.write_json(part / "config.json", model_config_to_hf(experiment.model))
+        write_json(part / "config.json", model_config_to_hf(experiment.model))
     if experiment.tokenizer is not None:
-        hf_folder.copy_tokenizer(experiment.tokenizer, part)
+        copy_tokenizer(experiment.tokenizer, part)
     pixels = experiment.data.min_pixels, experiment.data.max_pixels
-    hf_folder.complete(part, experiment.model, None, pixels=pixels)
+    complete(part, experiment.model, None, pixels=pixels)
     part.rename(folder)

@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Shaped
 
 from ov2_jax.core.batch import Batch
 from ov2_jax.core.errors import ConfigError
@@ -26,7 +27,10 @@ class Feed(NamedTuple):
 
 
 def make_feed(mesh: Mesh) -> Feed:
-    """Raises ConfigError if processes would share some of their packs and not others."""
+    """The share of this process.
+
+    Raises ConfigError if processes would share some of their packs and not others.
+    """
     owners = np.vectorize(lambda d: d.process_index)(mesh.devices).reshape(data_shards(mesh), -1)
     held: dict[int, tuple[int, ...]] = {}
     for process in np.unique(owners):
@@ -43,17 +47,22 @@ def make_feed(mesh: Mesh) -> Feed:
 
 
 def to_devices(batch: Batch, feed: Feed, grad_accum: int) -> Batch:
-    """This process's packs [packs ...] as global arrays [A G ...], cut over the mesh."""
+    """This process's packs [packs ...] as global arrays [A G ...], cut over the mesh.
+
+    The tokens of a row are put in the order that balances the context axis.
+    """
     shardings = batch_shardings(feed.mesh, len(batch.vision), leading=1)
     packs = len(batch.tokens) // grad_accum  # of this process in a micro-step
     each = packs // len(feed.shards)
     order = token_order(batch.tokens.shape[-1], feed.mesh.shape["context"])
 
-    def place(x: np.ndarray, sharding: jax.sharding.NamedSharding) -> jax.Array:
+    def place(
+        x: Shaped[np.ndarray, "packs ..."], sharding: NamedSharding
+    ) -> Shaped[Array, "A G ..."]:
         x = x.reshape(grad_accum, packs, *x.shape[1:])
         shape = (grad_accum, packs * feed.count, *x.shape[2:])
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...]) -> Shaped[np.ndarray, "..."]:
             shard = (index[1].start or 0) // each
             first = feed.shards.index(shard) * each
             return x[(index[0], slice(first, first + each), *index[2:])]

@@ -1,31 +1,34 @@
-"""AdamW as in the recipes: decay mask, warm-up and cosine, clipping, learning rates by part."""
+"""AdamW as in the recipes: decay mask, clipping, and a learning rate for each part."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
 from ov2_jax.config.optimizer import OptimizerConfig
 
+# Nested parameters by name, or anything of their structure: gradients, moments, shapes. The first
+# name is the part: encoder, merger or decoder.
 Tree = dict[str, Any]
 
 
-def learning_rate(config: OptimizerConfig, part: str, step: jax.Array, steps: int) -> jax.Array:
+def learning_rate_schedule(config: OptimizerConfig, part: str, steps: int) -> optax.Schedule:
     """Linear warm-up to the part's peak, then a cosine to `end_learning_rate` at the last step.
 
-    The first step (0) already has 1/warm-up of the peak, so that no step is wasted at rate 0.
+    Step 0 already has 1/warm-up of the peak, so that no step is wasted at rate 0. The last step of
+    the warm-up has the peak, and the last step of the run, `steps` - 1, has the end.
     """
     peak = config.peak(part)
     warmup = max(1, math.ceil(config.warmup_fraction * steps))
-    step = step.astype(jnp.float32)
-    progress = jnp.clip((step - warmup + 1) / max(1, steps - warmup), 0, 1)
-    end = min(config.end_learning_rate, peak)
-    cosine = end + (peak - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-    return jnp.where(step < warmup, peak * (step + 1) / warmup, cosine)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=peak / warmup,
+        peak_value=peak,
+        warmup_steps=warmup - 1,
+        decay_steps=warmup - 1 + max(1, steps - warmup),  # optax counts the warm-up
+        end_value=min(config.end_learning_rate, peak),
+    )
 
 
 def split_trainable(params: Tree, config: OptimizerConfig) -> tuple[Tree, Tree]:
@@ -57,7 +60,7 @@ def _decayed(params: Tree) -> Tree:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Everything but the learning rate, which `apply_updates` multiplies in."""
+    """Everything but the learning rates, which the train step multiplies in for each part."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(
@@ -65,12 +68,3 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         ),
         optax.add_decayed_weights(config.weight_decay, mask=_decayed),
     )
-
-
-def apply_updates(params: Tree, updates: Tree, rates: Mapping[str, jax.Array]) -> Tree:
-    """params - rate(part) * updates; the part is the first name of a parameter's path."""
-
-    def one(path: tuple[Any, ...], p: jax.Array, u: jax.Array) -> jax.Array:
-        return p - rates[path[0].key] * u
-
-    return jax.tree_util.tree_map_with_path(one, params, updates)

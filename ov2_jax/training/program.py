@@ -1,18 +1,19 @@
 """The train step as one compiled program: what a run executes and what a planner compiles."""
 
-import os
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from ov2_jax.config.experiment import Experiment
 from ov2_jax.core.batch import Batch, VisionRows
-from ov2_jax.core.checkpoint_dir import absolute
+from ov2_jax.model.attention import for_platform
+from ov2_jax.model.llava_onevision2 import LlavaOnevision2
 from ov2_jax.sharding.rules import batch_shardings
-from ov2_jax.training.start import abstract_train_state, model_graph
-from ov2_jax.training.state import TrainState
+from ov2_jax.training.start import abstract_train_state
+from ov2_jax.training.state import AbstractState, TrainState
 from ov2_jax.training.step import make_train_step
 
 # Without it a reduce-scatter over all chips of a slice is compiled to an all-reduce: twice the
@@ -21,8 +22,21 @@ _SCATTER = {"xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": "
 _COMPILER_OPTIONS = {"TPU v5": _SCATTER, "TPU v5p": _SCATTER, "TPU v6 lite": _SCATTER}
 
 
-def abstract_batch(experiment: Experiment, mesh: Mesh) -> Batch:
-    """Shapes and shardings of a step's batch, [A G ...]."""
+def model_graph(experiment: Experiment, platform: str) -> nnx.GraphDef:
+    """The model without its parameters, to be merged with them inside a jitted function.
+
+    `platform` ("cpu", "gpu", "tpu") decides which attention kernel it has.
+    """
+    compute = for_platform(experiment.compute, platform)
+
+    def make() -> LlavaOnevision2:
+        return LlavaOnevision2(experiment.model, rngs=nnx.Rngs(0), compute=compute)
+
+    return nnx.split(nnx.eval_shape(make))[0]
+
+
+def abstract_batch(experiment: Experiment, mesh: Mesh) -> Any:
+    """The Batch of a step [A G ...], of ShapeDtypeStructs with shardings."""
     leading = experiment.grad_accum, experiment.packs_per_step // experiment.grad_accum
     pack, patch_dim = experiment.pack, experiment.model.vision.patch_dim
 
@@ -42,7 +56,7 @@ def abstract_batch(experiment: Experiment, mesh: Mesh) -> Batch:
     )
 
 
-def jit_train_step(experiment: Experiment, state: TrainState) -> Any:
+def jit_train_step(experiment: Experiment, state: TrainState | AbstractState) -> Any:
     """The jitted step (state, batch) -> (state, metrics), which takes over the state's memory.
 
     `state` gives the shardings: real arrays or the abstract ones of `abstract_train_state`.
@@ -68,14 +82,3 @@ def lower_train_step(experiment: Experiment, mesh: Mesh) -> jax.stages.Lowered:
     state = abstract_train_state(experiment, mesh)
     with jax.set_mesh(mesh):
         return jit_train_step(experiment, state).lower(state, abstract_batch(experiment, mesh))
-
-
-def use_compilation_cache(workdir: str) -> None:
-    """Keeps compiled programs, for the next start of the same run, in WORKDIR/compilation_cache.
-
-    All hosts see that folder. JAX_COMPILATION_CACHE_DIR names another, which runs may share;
-    JAX_ENABLE_COMPILATION_CACHE=false does without.
-    """
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        folder = os.fspath(absolute(workdir) / "compilation_cache")
-        jax.config.update("jax_compilation_cache_dir", folder)

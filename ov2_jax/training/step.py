@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, traverse_util
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float32
 
 from ov2_jax.config.optimizer import OptimizerConfig
 from ov2_jax.core.batch import IGNORE, Batch
@@ -20,9 +21,8 @@ from ov2_jax.sharding.rules import batch_specs, mesh_axes, parameter_specs, path
 from ov2_jax.training.loss import loss_weights, weighted_cross_entropy
 from ov2_jax.training.optimizer import (
     Tree,
-    apply_updates,
     join,
-    learning_rate,
+    learning_rate_schedule,
     make_optimizer,
     split_trainable,
 )
@@ -30,22 +30,28 @@ from ov2_jax.training.state import Metrics, TrainState
 
 
 class Losses(NamedTuple):
-    """What is reported of a loss; adds up over micro-steps."""
+    """The reported terms of a loss. They add up over micro-steps and devices."""
 
-    next_token: jax.Array  # float32: weighted sum over tokens
-    balance: jax.Array | None = None  # load-balancing loss of a mixture of experts, without its
-    load: RouterLoad | None = None  # coefficient, and what it is made of
+    next_token: Float32[Array, ""]  # weighted sum over tokens
+    # Of a mixture of experts: the load-balancing loss without its coefficient, and its inputs.
+    balance: Float32[Array, ""] | None = None
+    load: RouterLoad | None = None
 
 
 def batch_loss(
-    graph: nnx.GraphDef, params: Tree, batch: Batch, weights: jax.Array, *, micro_steps: int = 1
-) -> tuple[jax.Array, Losses]:
+    graph: nnx.GraphDef,
+    params: Tree,
+    batch: Batch,
+    weights: Float32[Array, "G B L"],
+    *,
+    micro_steps: int,
+) -> tuple[Float32[Array, ""], Losses]:
     """This device's share of what one micro-step's batch adds to the loss, and its terms.
 
-    The sum of weight * token loss, weights [G B L], and for a mixture of experts the load-balancing
-    loss of the batch's real tokens on all devices times `router_aux_loss_coef` / `micro_steps`.
+    The sum of weight * token loss, and for a mixture of experts the load-balancing loss of the
+    batch's real tokens on all devices times `router_aux_loss_coef` / `micro_steps`.
     """
-    dtype = nnx.merge(graph, params).decoder.compute.dtype
+    dtype = jnp.dtype(nnx.merge(graph, params).decoder.compute.dtype)
     model: LlavaOnevision2 = nnx.merge(graph, _outside_layers(params, dtype))
     hidden, collected = model(batch)
     rows = hidden.shape[:2]
@@ -60,8 +66,8 @@ def batch_loss(
         return loss, Losses(loss)
     load = total(collected.load)  # not linear in tokens: first the sum, then the loss
     balance = load_balancing_loss(load) / micro_steps / axis_size(*AXES)
-    all_of_it = loss + model.config.router_aux_loss_coef * balance
-    return all_of_it, Losses(loss, balance, jax.tree.map(lambda x: x / axis_size(*AXES), load))
+    whole = loss + model.config.router_aux_loss_coef * balance
+    return whole, Losses(loss, balance, jax.tree.map(lambda x: x / axis_size(*AXES), load))
 
 
 def loss_and_grads(
@@ -70,11 +76,11 @@ def loss_and_grads(
     """Losses and gradients of a whole step's batch, every leaf [A ...] for A micro-steps.
 
     The weights are made once over all micro-steps and sum to 1, so sums of losses and gradients
-    are exact however the step is cut. Not so the load-balancing loss: it is not linear in tokens,
-    and the step's is the mean of its micro-steps'.
+    are exact, however the step is cut. The load-balancing loss is not linear in tokens: the step's
+    is the mean of its micro-steps'.
 
-    Under a mesh (`jax.set_mesh`, all of its axes those of sharding.AXES) every device runs the same
-    program on its part of the batch; what is exchanged is in parallel.py.
+    Under a mesh (`jax.set_mesh`, with the axes of sharding/mesh.py) every device runs the same
+    program on its part of the batch; sharding/exchange.py has what they exchange.
     """
 
     def on_device(trainable: Tree, frozen: Tree, batch: Batch) -> tuple[Losses, Tree]:
@@ -95,7 +101,7 @@ def loss_and_grads(
 
 
 def _outside_layers(params: Tree, dtype: jnp.dtype) -> Tree:
-    """Parameters with all but the stacks of layers gathered; those are, a layer at a time."""
+    """Parameters, gathered except the stacks of layers, which are gathered a layer at a time."""
     flat = traverse_util.flatten_dict(params)
     stacks = {path: x for path, x in flat.items() if "layers" in path}
     rest = {path: x for path, x in flat.items() if "layers" not in path}
@@ -104,9 +110,9 @@ def _outside_layers(params: Tree, dtype: jnp.dtype) -> Tree:
 
 
 def _summed(grads: Tree) -> Tree:
-    """Gradients of parameters that are whole along some axes: the sum along those."""
+    """Gradients summed along the mesh axes along which their parameters are whole."""
 
-    def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+    def one(path: tuple[Any, ...], x: Array) -> Array:
         cut = mesh_axes(path_string(path))
         return total(x, tuple(axis for axis in AXES if axis not in cut))
 
@@ -120,11 +126,11 @@ def _own_loss_and_grads(
     weights = loss_weights(batch.targets, reduction)
     micro_steps = weights.shape[0]
 
-    def loss(trainable: Tree, batch: Batch, weights: jax.Array) -> tuple[jax.Array, Losses]:
+    def loss(trainable: Tree, batch: Batch, weights: Array) -> tuple[Array, Losses]:
         params = join(trainable, frozen)
         return batch_loss(graph, params, batch, weights, micro_steps=micro_steps)
 
-    def micro(batch: Batch, weights: jax.Array) -> tuple[Losses, Tree]:
+    def micro(batch: Batch, weights: Array) -> tuple[Losses, Tree]:
         grads, losses = jax.grad(loss, has_aux=True)(trainable, batch, weights)
         return losses, grads
 
@@ -144,6 +150,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step as a pure function; the caller jits it and donates the state."""
     optimizer = make_optimizer(config)
+    schedules = {part: learning_rate_schedule(config, part, steps) for part in config.train}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trainable, frozen = split_trainable(state.params, config)
@@ -152,9 +159,10 @@ def make_train_step(
         norm = jnp.sqrt(sum(n**2 for n in norms.values()))
         finite = jnp.isfinite(losses.next_token) & jnp.isfinite(norm)
 
-        rates = {part: learning_rate(config, part, state.step, steps) for part in grads}
+        rates = {part: schedules[part](state.step) for part in grads}
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
-        trained = apply_updates(trainable, updates, rates)
+        updates = {part: optax.tree.scale(-rates[part], tree) for part, tree in updates.items()}
+        trained = optax.apply_updates(trainable, updates)
 
         keep = functools.partial(jnp.where, finite)
         trained = jax.tree.map(keep, trained, trainable)
@@ -166,7 +174,6 @@ def make_train_step(
             opt_state=opt_state,
             skipped=state.skipped + skipped,
             skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
-            rng=state.rng,
         )
         metrics = {
             "loss": losses.next_token,

@@ -1,4 +1,7 @@
-"""benchmarks/codec_vs_uniform.py: clips show what they should; it goes on where it stopped."""
+"""benchmarks/codec_vs_uniform.py: clips show their event; a stopped benchmark continues."""
+
+import subprocess
+import sys
 
 import pytest
 
@@ -12,8 +15,10 @@ from benchmarks.codec_vs_uniform_clips import (
     write_clips,
 )
 from benchmarks.codec_vs_uniform_figure import plot, table
+from ov2_jax.core.program import Given
 from ov2_jax.data.encoding.tokenizer import load_tokenizer
 from ov2_jax.quickstart import TOKENIZER
+from tests.programs import REPOSITORY
 
 TINY = benchmark.Settings(
     base_clips=16, train_clips=16, heldout_clips=4, base_steps=2, steps=2, batch=8
@@ -75,7 +80,7 @@ def test_goes_on_with_the_runs_that_are_missing(tmp_path, monkeypatch):
     assert all(0 <= value <= 1 for value in results[1]["accuracy"].values())
 
     monkeypatch.setattr(benchmark, "train", None)  # nothing is left to train
-    monkeypatch.setattr(benchmark, "run", None)
+    monkeypatch.setattr(benchmark, "train_and_ask", None)
     assert benchmark.run_all(out, TINY, (18,), (0,)) == results
     with pytest.raises(benchmark.BenchmarkError, match="choose another --out"):
         benchmark.run_all(out, benchmark.Settings(), (18,), (0,))
@@ -110,23 +115,36 @@ def test_table_and_figure(tmp_path):
     assert 5_000 < (tmp_path / "a.png").stat().st_size < 150_000
 
 
+def given(out, **changes) -> Given:
+    values = {"png": None, "budgets": ["18"], "seeds": ["0"], "quick": False}
+    return Given(out=str(out), **(values | changes))
+
+
 @pytest.mark.parametrize(
-    ("option", "sentence"),
+    ("flags", "sentence"),
     [
-        ("--budgets=20", "--budgets has 20"),
-        ("--budgets=9", "--budgets has 9"),
-        ("--budgets=1800", "--budgets has 1800"),
-        ("--seeds=-1", "--seeds has -1"),
+        ({"budgets": ["20"]}, "--budgets has 20"),
+        ({"budgets": ["9"]}, "--budgets has 9"),
+        ({"budgets": ["1800"]}, "--budgets has 1800"),
+        ({"budgets": ["18", "many"]}, "--budgets is '18,many'"),
+        ({"seeds": ["-1"]}, "--seeds has -1"),
     ],
 )
-def test_bad_options_are_one_sentence(tmp_path, option, sentence):
-    with pytest.raises(SystemExit, match=sentence):
-        benchmark.main([f"--out={tmp_path / 'out'}", option])
+def test_bad_flags_are_one_sentence(tmp_path, flags, sentence):
+    with pytest.raises(benchmark.BenchmarkError, match=sentence):
+        benchmark.main(given(tmp_path / "out", **flags))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_program_ends_with_the_sentence():
+    program = [sys.executable, "-m", "benchmarks.codec_vs_uniform", "--seeds=0,-2,1"]
+    done = subprocess.run(program, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "BenchmarkError: --seeds has -2; seeds are 0 or more."
 
 
 def test_foreign_folders_are_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="not of this benchmark"):
-        benchmark.main([f"--out={tmp_path}"])
+    with pytest.raises(benchmark.BenchmarkError, match="not of this benchmark"):
+        benchmark.main(given(tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]

@@ -1,4 +1,4 @@
-"""The side-by-side benchmark of a train step, on a case small enough for a test."""
+"""The benchmark of a train step, on a case that is small enough for a test."""
 
 import json
 import os
@@ -47,25 +47,33 @@ def write(folder: pathlib.Path, case: object) -> str:
     return str(path)
 
 
-def test_runs_end_to_end(tmp_path: pathlib.Path) -> None:
-    """As a program, for it binds its process to the case's cores."""
-    command = [sys.executable, "-m", "benchmarks.train_step", f"--case={write(tmp_path, TINY)}"]
-    command += ["--rounds=2", f"--cache={tmp_path / 'cache'}"]
+def run_program(*arguments: str) -> tuple[int, str, str]:
+    """Status, stdout and stderr."""
+    command = [sys.executable, "-m", "benchmarks.train_step", *arguments]
     env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     env.pop("XLA_FLAGS", None)
-    run = subprocess.run(
+    done = subprocess.run(
         command, capture_output=True, text=True, env=env, cwd=REPOSITORY, timeout=PATIENCE
     )
-    assert run.returncode == 0, run.stderr
-    assert "samples 3, tokens 40, patches 76" in run.stdout
-    assert "not in the compilation cache" in run.stdout and "1 cores" in run.stdout
-    assert "round 2: ours" in run.stdout and "GFLOP/s" in run.stdout
-    assert "ratio" not in run.stdout
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_runs_end_to_end(tmp_path: pathlib.Path) -> None:
+    """As a program, for it binds its process to the case's cores."""
+    case = write(tmp_path, TINY)
+    status, printed, error = run_program(
+        f"--case={case}", "--rounds=2", f"--cache={tmp_path / 'cache'}"
+    )
+    assert status == 0, error
+    assert "samples 3, tokens 40, patches 76" in printed
+    assert "not in the compilation cache" in printed and "1 cores" in printed
+    assert "round 2: ours" in printed and "GFLOP/s" in printed
+    assert "ratio" not in printed
     assert any((tmp_path / "cache").iterdir())
 
 
 def test_gpu_settings_run(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """bfloat16, remat, and MFU of a pretended peak; what is missing here is the GPU."""
+    """bfloat16, remat, and MFU of a pretended peak; only the GPU is missing."""
     case = read_case(write(tmp_path, TINY))
     assert train_step.benchmark(case, None, device="gpu", dtype="bfloat16", rounds=1, peak=1.0)
     printed = capsys.readouterr().out
@@ -139,16 +147,16 @@ def test_bad_cases_are_one_sentence(tmp_path: pathlib.Path, change: dict, messag
     ],
 )
 def test_bad_commands_are_one_sentence(
-    arguments: list[str], message: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, tmp_path: pathlib.Path
 ) -> None:
-    assert train_step.main([*arguments, f"--cache={tmp_path}"]) == 1
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    status, error = run_program(*arguments, f"--cache={tmp_path}")[::2]
+    assert status == 1 and message in error
+    assert error.startswith("ConfigError: ") and error.count("\n") == 1
 
 
 def test_a_folder_that_is_no_reference(tmp_path: pathlib.Path) -> None:
     case = read_case(write(tmp_path, TINY))
-    with pytest.raises(ConfigError, match="no checkout of the reference"):
+    with pytest.raises(ConfigError, match="not a checkout of the reference"):
         train_step.reference.setting(
             str(tmp_path), case, train_step.OPTIMIZER, dtype="float32", device="cpu"
         )

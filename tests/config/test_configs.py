@@ -18,7 +18,7 @@ from ov2_jax.config.start import with_checkpoint_model
 from ov2_jax.core.checkpoint_dir import HF, PARAMS
 from ov2_jax.core.errors import ConfigError
 from ov2_jax.data.encoding.images import smart_resize
-from ov2_jax.data.encoding.video import Sampling
+from ov2_jax.data.encoding.video import FrameSampling
 from ov2_jax.data.packing.placement import fits_alone
 from ov2_jax.data.sample import SampleSize
 from ov2_jax.sharding.mesh import MeshConfig, make_mesh
@@ -134,7 +134,7 @@ def test_rows_of_a_recipe_take_what_its_data_settings_let_through(name, tmp_path
     frame = max(patches(*side, e.data.frame_pixels[1]) for side in [*sides, (1080, 1080)])
     assert frame == 784
     # The longest clip, as windows of 4 frames, with timestamps and a long caption.
-    frames = Sampling(e.data.num_frames, e.data.target_fps, e.data.max_frames).count(3600)
+    frames = FrameSampling(e.data.num_frames, e.data.target_fps, e.data.max_frames).count(3600)
     windows = [min(4, frames - i) * frame for i in range(0, frames, 4)]
     tokens = frames * (frame // 4 + 12) + 2000
     assert fits_alone(SampleSize(tokens, tuple(windows)), e.pack)
@@ -211,7 +211,7 @@ def test_mesh_of_a_config_takes_all_devices(tmp_path):
         (("init_from={here}",), r"path is ''; it must be a \.json, "),
         (("init_from={here}", "data.sources=()"), r"data\.sources is \(\)"),
         (("init_from={here}", "data.sources=({'file': 's.jsonl'},)"), "has no field file; it has"),
-        (("init_from={here}", "data.sources=({'path': 5},)"), "must be of type str, but is 5"),
+        (("init_from={here}", "data.sources=({'path': 5},)"), "is 5; it must be of type str"),
         (("data.num_frames=8",), "only one of them can rule"),
         (("data.max_pixels=100",), r"data\.max_pixels is 100; it must be at least 3136"),
         (("pack.vision_rows=((2, 8192), (4, 4096))",), "sorted by patches in a row"),
@@ -246,7 +246,7 @@ def test_fields_that_a_config_file_gets_wrong():
     config = load("quickstart")
     with config.unlocked(), config.ignore_type():
         config.steps = "many"
-    with pytest.raises(ConfigError, match="steps must be of type int, but is 'many'"):
+    with pytest.raises(ConfigError, match="steps is 'many'; it must be of type int"):
         experiment_from(config)
     config = load("quickstart")
     with config.unlocked():

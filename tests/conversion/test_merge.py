@@ -264,6 +264,9 @@ def test_wrong_folders_are_refused(tmp_path):
     plain = qwen(tmp_path / "plain", special=QWEN_SPECIAL[:5])
     with pytest.raises(ConversionError, match=r"lacks special tokens.*\n.*image_pad"):
         make_plan(ENCODER, plain)
+    (plain / "tokenizer.json").unlink()
+    with pytest.raises(ConversionError, match="no tokenizer.json"):
+        make_plan(ENCODER, plain)
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):

@@ -1,7 +1,6 @@
 """Hugging Face -> Orbax -> Hugging Face: bit-identical, restorable by Orbax, careful with input."""
 
 import dataclasses
-import functools
 import json
 import pathlib
 import struct
@@ -14,13 +13,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from conversion import from_hf, load, to_hf
 from conversion.errors import ConversionError
-from conversion.formats import orbax_io
-from conversion.formats.hf_source import HFSource
-from conversion.formats.orbax_io import flatten, nest
-from conversion.formats.safetensors_io import SafetensorsFolder
+from conversion.formats import orbax_io, regions
+from conversion.formats.hf_weights import HFWeights
+from conversion.formats.safetensors_io import SafetensorsFolder, parse_shard_size
 from conversion.keys import key_table, leaves
 from tests.conversion.folders import (
     BFLOAT16,
@@ -61,8 +60,8 @@ def test_golden_folders_survive(case, tmp_path):
 def test_any_bits_in_mixed_dtypes_survive(
     config, chunk_bytes, block_bytes, expected_pieces, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(orbax_io, "CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr(orbax_io, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(regions, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(regions, "BLOCK_BYTES", block_bytes)
 
     def dtype(key):
         if "proj" in key:
@@ -115,16 +114,13 @@ def test_orbax_restores_it_onto_a_mesh_in_another_dtype(tmp_path):
         return jax.ShapeDtypeStruct(leaf.shape, np.float32, sharding=sharding)
 
     table = leaves(SMALL)
+    targets = unflatten_dict({path: target(leaf) for path, leaf in table.items()})
     with ocp.StandardCheckpointer() as checkpointer:
-        restored = flatten(
-            checkpointer.restore(
-                tmp_path / "orbax" / "params", nest({p: target(v) for p, v in table.items()})
-            )
-        )
-    source = HFSource(hf)
+        restored = flatten_dict(checkpointer.restore(tmp_path / "orbax" / "params", targets))
+    weights = HFWeights(hf)
     for path, leaf in table.items():
         assert restored[path].sharding == target(leaf).sharding
-        expected = source.read(path).astype(np.float32)
+        expected = weights.read(path).astype(np.float32)
         np.testing.assert_array_equal(np.asarray(restored[path]), expected)
 
 
@@ -338,28 +334,67 @@ def test_an_existing_destination_is_left_alone(tmp_path):
 
 def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch):
     hf = make_folder(tmp_path / "hf", SMALL)
-    read = HFSource.read
+    read = HFWeights.read
 
-    def broken(self, path, index=None):
+    def broken(self, path, region=None):
         if path[-2:] == ("lm_head", "kernel"):
             raise OSError("disk trouble")
-        return read(self, path, index)
+        return read(self, path, region)
 
-    monkeypatch.setattr(HFSource, "read", broken)
+    monkeypatch.setattr(HFWeights, "read", broken)
     with pytest.raises(OSError, match="disk trouble"):
         from_hf.convert(hf, tmp_path / "orbax")
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
-def test_command_line(tmp_path):
-    hf = GOLDEN / "encoder" / "hf"
-    run = functools.partial(subprocess.run, capture_output=True, text=True)
-    base = [sys.executable, "-m"]
-    done = run([*base, "conversion.from_hf", f"--src={hf}", f"--dst={tmp_path / 'a'}"])
+def _command(module, *arguments):
+    command = [sys.executable, "-m", f"conversion.{module}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_there_and_back_by_the_command_line(tmp_path):
+    hf = make_folder(tmp_path / "hf", SMALL, lambda key: BFLOAT16)
+    done = _command("from_hf", f"--src={hf}", f"--dst={tmp_path / 'orbax'}")
     assert done.returncode == 0, done.stderr
-    done = run([*base, "conversion.from_hf", f"--src={tmp_path}", f"--dst={tmp_path / 'b'}"])
+    there = [f"--src={tmp_path / 'orbax'}", f"--dst={tmp_path / 'back'}"]
+    done = _command("to_hf", *there, "--max-shard-size=100KB")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        "Written or completed here: config.json, preprocessor_config.json.\n"
+        f"{tmp_path / 'back'} is ready for transformers' from_pretrained.\n"
+    )
+    assert (tmp_path / "back" / "model.safetensors.index.json").exists()
+    same_tensors(hf, tmp_path / "back")
+
+
+def test_an_error_is_one_sentence_and_status_1(tmp_path):
+    done = _command("from_hf", f"--src={GOLDEN}", f"--dst={tmp_path / 'b'}")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert done.stderr.startswith("ConfigError: ") and "Traceback" not in done.stderr
+    there = [f"--src={tmp_path}", f"--dst={tmp_path / 'b'}"]
+    done = _command("to_hf", *there, "--max-shard-size=5XB")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "ConversionError: --max-shard-size is '5XB'; it must be a size such as 5GB or 512MiB.\n"
+    )
+
+
+def test_help_is_the_docstring():
+    done = _command("from_hf", "--help")
+    assert to_lines(from_hf.__doc__) <= to_lines(done.stdout)
+    assert "--dst" in done.stdout and "bfloat16" in done.stdout
+
+
+def to_lines(text):
+    return {line.strip() for line in text.splitlines()}
+
+
+def test_shard_sizes():
+    given = {"5GB": 5e9, "512MiB": 2**29, "1.5 kb": 1500, "700": 700, ".5GiB": 2**29}
+    assert {text: parse_shard_size(text) for text in given} == given
+    for wrong in ("", "GB", "-5GB", "0", "0.1", "1e9", "5GB5", "5TB"):
+        with pytest.raises(ConversionError, match="such as 5GB or 512MiB"):
+            parse_shard_size(wrong)
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -372,8 +407,8 @@ def _anonymous_bytes():
 
 def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch):
     # 240 MB of weights, of which one stacked array is 67 MB, in blocks of 2 MB.
-    monkeypatch.setattr(orbax_io, "CHUNK_BYTES", 2**20)
-    monkeypatch.setattr(orbax_io, "BLOCK_BYTES", 2**21)
+    monkeypatch.setattr(regions, "CHUNK_BYTES", 2**20)
+    monkeypatch.setattr(regions, "BLOCK_BYTES", 2**21)
     text = dataclasses.replace(
         SMALL.text, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8
     )

@@ -1,10 +1,15 @@
-"""A small data set on disk and the configs to read it, for the tests of ov2_jax.data."""
+"""A small data set on disk or in a bucket, for the tests of ov2_jax.data."""
 
+import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, ClassVar
 
 import av
+import fsspec
 import numpy as np
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 
@@ -44,3 +49,38 @@ def write_jsonl(path: Path, samples: list[dict | str]) -> Path:
     lines = [s if isinstance(s, str) else json.dumps(s) for s in samples]
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+class Bucket(MemoryFileSystem):
+    """s3:// in memory: epath opens these paths through fsspec, as it does with real ones."""
+
+    protocol = "s3"
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
+
+    @staticmethod
+    def before_read() -> None:
+        """A test may replace it, to make files slow."""
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(str(path).removeprefix("s3://"))
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> io.BytesIO:
+        file = super()._open(path, mode, **options)
+        if mode != "rb":
+            return file
+        self.before_read()
+        return io.BytesIO(file.getvalue())  # each reader has a place of its own
+
+    def glob(self, path: str, **options: Any) -> list[str]:
+        return [found.lstrip("/") for found in super().glob(path, **options)]  # as s3fs does
+
+
+def fill_bucket(files: Mapping[str, bytes]) -> None:
+    """Makes `files` the content of all s3:// buckets of this process, by path (`bucket/name`)."""
+    fsspec.register_implementation("s3", Bucket, clobber=True)
+    Bucket.store.clear()
+    Bucket.pseudo_dirs[:] = [""]
+    for path, data in files.items():
+        fsspec.filesystem("s3").pipe_file(path, data)

@@ -18,7 +18,7 @@ from ov2_jax.config.data import DataConfig, SourceConfig
 from ov2_jax.config.model import ModelConfig, TextConfig, VisionConfig
 from ov2_jax.config.pack import PackConfig
 from ov2_jax.core.errors import ConfigError
-from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.encoding.sample_encoder import SampleEncoder
 from ov2_jax.data.encoding.tokenizer import load_tokenizer
 from ov2_jax.data.packing.build import build_pack
 from ov2_jax.data.packing.placement import place_pack
@@ -83,7 +83,8 @@ def greedy_without_cache(model, prompt, steps: int) -> list[int]:
     new: list[int] = []
     while len(new) < steps and STOP not in new:
         tokens = np.concatenate([prompt.tokens, np.array(new, np.int32)])
-        batch, lengths = prompt_batch([prompt._replace(tokens=tokens)], MODEL)
+        longer = prompt._replace(tokens=tokens, loss_mask=np.zeros(len(tokens), bool))
+        batch, lengths = prompt_batch([longer], MODEL)
         new.append(int(jnp.argmax(run(batch)[0, lengths[0] - 1])))
     return new
 
@@ -99,7 +100,7 @@ def test_cached_batch_equals_whole_forward_passes(model, generator, prompts):
 
 
 def test_packed_rows_from_the_packer_equal_single_prompts(encoder, data):
-    """The real road: files, encoder, placement, pack; every token's logits as if alone."""
+    """The whole pipeline: files, encoder, placement, pack; every token's logits as if alone."""
     # Logits of about 1, as the bound is for; the generating model's are ten times that.
     config = dataclasses.replace(
         MODEL, text=dataclasses.replace(MODEL.text, initializer_range=0.15)

@@ -1,4 +1,4 @@
-"""What the launchers make of a job: YAML that says what it must, shell that does what it must."""
+"""What the launchers make of a job: the JobSet and the scripts, and how these behave."""
 
 import dataclasses
 import os
@@ -12,12 +12,13 @@ import pytest
 import yaml
 
 from launch import gke, slurm, tpu_vm
-from launch.accelerators import LaunchError, parse_accelerator
+from launch.accelerators import parse_accelerator
+from launch.errors import LaunchError
 from launch.platforms.job import Gke, Job, Mount, Slurm, TpuVm, load_job
 from ov2_jax.core.exit_codes import BROKEN, INTERRUPTED
-from tests.programs import REPOSITORY
+from tests.programs import PATIENCE, REPOSITORY
 
-ODD = '/it\'s $(touch pwned) `x` "q" ${HOME}; && |'  # a path that would like to be a program
+ODD = '/it\'s $(touch pwned) `x` "q" ${HOME}; && |'  # a path that an unquoted shell would run
 TPU = Job(
     name="long-video",
     config="configs/instruct_8b.py",
@@ -51,7 +52,7 @@ GPU = Job(
 
 
 def tools(folder: Path, **programs: str) -> dict[str, str]:
-    """An environment in which these programs, and a shell's usual ones, are all there is."""
+    """An environment whose PATH has only these programs and a few that scripts need."""
     folder.mkdir()
     for name in {"bash", "sleep", "grep", "cut", "cat"} - set(programs):
         (folder / name).symlink_to(shutil.which(name))
@@ -226,10 +227,10 @@ def test_slurm_requeues_what_a_restart_helps(tmp_path, status, starts, again):
 
 
 def test_slurm_script_outlasts_a_signal(tmp_path):
-    """It gets SIGTERM while the training saves, and still puts itself back into the queue."""
+    """It gets SIGTERM while the training saves, and still requeues itself."""
     env = tools(
         tmp_path / "bin",
-        srun=_SRUN.format(status=INTERRUPTED, what="sleep 1"),
+        srun=_SRUN.format(status=INTERRUPTED, what="until [ -e signalled ]; do sleep 0.05; done"),
         scontrol='echo "$@" >requeued',
     )
     env |= {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "42"}
@@ -237,7 +238,8 @@ def test_slurm_script_outlasts_a_signal(tmp_path):
     process = subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     assert process.stderr.readline() == "started\n"
     process.terminate()
-    process.communicate(timeout=30)
+    (tmp_path / "signalled").touch()
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == INTERRUPTED and (tmp_path / "requeued").exists()
 
 
@@ -260,7 +262,7 @@ exit 0
     "statuses, status", [("0", 0), ("75 70 0", 0), ("137 1", 1), ("75 75 75", INTERRUPTED)]
 )
 def test_tpu_vm_runs_and_restarts(tmp_path, statuses, status):
-    """The script against a gcloud that only takes notes."""
+    """The script with a gcloud that only records its calls."""
     (tmp_path / "statuses").write_text(statuses.replace(" ", "\n") + "\n")
     env = tools(tmp_path / "bin", gcloud=_GCLOUD, sleep="exit 0")
     job = dataclasses.replace(VM, restarts=2)
@@ -312,6 +314,36 @@ def test_submitting(tmp_path, name, job, tool):
     assert (tmp_path / "got").read_text() == dry.stdout
 
 
+_DRY_RUN = """
+import runpy, sys
+sys.argv = ["launch", *sys.argv[2:]]
+try:
+    runpy.run_module("launch.MODULE", run_name="__main__")
+finally:
+    slow = {"jax", "numpy", "transformers"} & set(sys.modules)
+    assert not slow, slow
+"""
+
+
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("slurm", ("--job=launch/jobs/sft_4b_h100.py", "--dry-run")),
+        ("gke", ("--job=launch/jobs/instruct_8b_v5p.py", "--dry-run")),
+        ("tpu_vm", ("--job=launch/jobs/instruct_8b_v5p.py", "--dry-run")),
+        ("local", ("--platform=cuda", "--processes=2", "--", "x")),
+    ],
+)
+def test_launchers_start_without_jax(name, arguments):
+    """Importing it takes seconds, and a login node may have none."""
+    command = [sys.executable, "-c", _DRY_RUN.replace("MODULE", name), "launch", *arguments]
+    # The GPUs do not suffice, so launch.local starts nothing.
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+    output = "need 2 GPUs" if name == "local" else "Would be given to"
+    assert output in done.stderr and "AssertionError" not in done.stderr, done.stderr
+
+
 def test_jobs_in_the_repository_are_jobs():
     paths = sorted((REPOSITORY / "launch/jobs").glob("*.py"))
     assert len(paths) >= 2
@@ -341,7 +373,7 @@ def test_jobs_in_the_repository_are_jobs():
         ({"overrides": {"workdir": "/x"}}, "the job sets it itself"),
         ({"environment": {"A B": "1"}}, "environment has 'A B'"),
         ({"environment": {"A": "1\n2"}}, r"environment\['A'\] is '1\\n2'"),
-        ({"environment": {"JAX_PROCESS_ID": "1"}}, "set by the job"),
+        ({"environment": {"JAX_PROCESS_ID": "1"}}, "set by the launcher"),
         ({"mounts": (Mount("/a", "/x"), Mount("/b", "/x"))}, "mounts has a folder twice"),
         ({"gke": Gke(namespace="A")}, "gke.namespace is 'A'"),
         ({"slurm": Slurm(partition="a b")}, "slurm.partition is 'a b'"),
@@ -363,7 +395,7 @@ def test_a_job_that_cannot_work_is_one_sentence(changes, message):
         (lambda: Mount("bucket", "/x"), "must be gs://BUCKET, pvc:CLAIM"),
         (lambda: Mount("/x", "y"), "must be an absolute path"),
         (lambda: dataclasses.replace(GPU, slices=2), "use nodes"),
-        (lambda: slurm.script(TPU), "which Slurm does not have"),
+        (lambda: slurm.script(TPU), "but Slurm has GPUs only"),
         (lambda: slurm.script(dataclasses.replace(GPU, mounts=TPU.mounts)), "mounts has 'gs://"),
         (
             lambda: slurm.script(dataclasses.replace(GPU, mounts=(Mount("/a", "/b"),))),
@@ -372,8 +404,11 @@ def test_a_job_that_cannot_work_is_one_sentence(changes, message):
         (lambda: gke.text(GPU), "image is not set; GKE runs containers"),
         (lambda: tpu_vm.script(TPU), "tpu_vm is not set"),
         (lambda: tpu_vm.script(dataclasses.replace(VM, slices=2)), "slices is 2"),
-        (lambda: tpu_vm.script(dataclasses.replace(VM, mounts=TPU.mounts)), "which only GKE knows"),
-        (lambda: tpu_vm.script(GPU), "which no TPU VM has"),
+        (
+            lambda: tpu_vm.script(dataclasses.replace(VM, mounts=TPU.mounts)),
+            "which only GKE mounts",
+        ),
+        (lambda: tpu_vm.script(GPU), "which is no TPU"),
         (lambda: load_job("no.py"), "--job is 'no.py', which is no file"),
         (lambda: load_job("launch/gke.py"), "must define JOB"),
         (lambda: load_job("launch/jobs/sft_4b_h100.py", ["steps"]), "write it as FIELD=VALUE"),

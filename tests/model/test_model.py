@@ -30,7 +30,7 @@ PARAMETERS = {
 
 
 def key_table_count(config: ModelConfig) -> int:
-    """The same number from the list of Hugging Face keys, spelled out."""
+    """The number of parameters, counted from the list of Hugging Face keys."""
     v, t = config.vision, config.text
     d, f = v.hidden_size, v.intermediate_size
     block = d * v.spatial_merge_size**2
@@ -66,7 +66,7 @@ def test_patch_and_merge_variants(patch, merge):
 
 
 def test_normalisation_equals_the_processors_floats():
-    """Against float64 arithmetic, for every pixel value and channel."""
+    """Equal to float64 arithmetic, for every pixel value and channel."""
     mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
     values = np.tile(np.arange(256, dtype=np.uint8)[:, None, None], (1, 3, 4)).reshape(256, 12)
     want = (np.arange(256)[:, None] / 255 - np.array(mean)) / np.array(std)
@@ -130,7 +130,7 @@ def test_config_that_cannot_work_is_refused(change, message):
 def test_a_folder_without_config_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no config.json"):
         load_config(tmp_path)
-    with pytest.raises(ConfigError, match="Unknown model size '7b'"):
+    with pytest.raises(ConfigError, match="The model size is '7b'"):
         model_config("7b")
     with pytest.raises(ConfigError, match=r"text_config\.vocab_size must be positive"):
         TextConfig(0, 1, 1, 1, 1, 1)

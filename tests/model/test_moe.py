@@ -12,7 +12,7 @@ from flax import nnx
 
 from conversion import from_hf, to_hf
 from conversion.errors import ConversionError
-from conversion.formats import orbax_io
+from conversion.formats import orbax_io, regions
 from conversion.formats.safetensors_io import SafetensorsFolder
 from conversion.keys import key_table, leaves
 from ov2_jax.config.build import experiment_from
@@ -80,7 +80,7 @@ SIZES = {
 
 @pytest.mark.parametrize("name", SIZES)
 def test_grouped_matmul_and_both_gradients(name):
-    """Against one matmul a group in float64."""
+    """Equal to one matmul for each group in float64."""
     sizes = SIZES[name]
     dtype, tolerance = (jnp.bfloat16, 2e-2) if name == "even" else (jnp.float32, 1e-5)
     rng = np.random.default_rng(0)
@@ -94,7 +94,7 @@ def test_grouped_matmul_and_both_gradients(name):
 
     out, pull = jax.jit(lambda *a: jax.vjp(forward, *a))(x, kernels)
     dx, dkernels = pull(jnp.asarray(up))
-    outer = grouped.outer_by_megablox(x, up, size_array, interpret=True)
+    outer = grouped.outer_by_megablox(jnp.asarray(x), jnp.asarray(up), size_array, interpret=True)
     assert {y.dtype for y in (out, dx, dkernels, outer)} == {jnp.dtype(dtype)}
     x, kernels, up = (np.asarray(a, np.float64) for a in (x, kernels, up))
     ends = np.cumsum(sizes)
@@ -122,7 +122,7 @@ def layer(**changes) -> MixtureOfExperts:
 
 @pytest.mark.parametrize("normalise", [True, False])
 def test_every_token_gets_its_experts_however_uneven_the_load(normalise):
-    """Token by token in numpy; with a router that sends everything to two experts, too."""
+    """Equal to NumPy, token by token, also if the router sends every token to two experts."""
     moe = layer(norm_topk_prob=normalise)
     gate = np.asarray(moe.gate.kernel[...]).copy()
     x = np.random.default_rng(1).normal(size=(2, 9, 32)).astype(np.float32)
@@ -132,7 +132,7 @@ def test_every_token_gets_its_experts_however_uneven_the_load(normalise):
         moe.gate.kernel[...] = jnp.asarray(gate)
         real = np.ones((2, 9), bool)
         real[1, 5:] = False
-        got, load = moe(x, real)
+        got, load = moe(jnp.asarray(x), jnp.asarray(real))
         logits = x.astype(np.float64) @ gate
         p = np.exp(logits - logits.max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)
@@ -161,7 +161,7 @@ def test_the_router_is_float32_in_a_bfloat16_model():
     gate = np.zeros((32, 4), np.float32)
     gate[0] = (1, 1.001, 0, 0)
     moe.gate.kernel[...] = jnp.asarray(gate)
-    _, load = moe(jnp.ones((1, 3, 32), jnp.bfloat16), np.ones((1, 3), bool))
+    _, load = moe(jnp.ones((1, 3, 32), jnp.bfloat16), jnp.ones((1, 3), bool))
     assert load.assigned.tolist() == [0, 3, 0, 0]
 
 
@@ -226,8 +226,8 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-2, eps=1e-3, train=("decoder",))
 
 
 def test_eight_devices_equal_one():
-    """Tokens are routed where they are; the balance is over all of them."""
-    state = init_state(params(), OPTIMIZER, 0)
+    """Each device routes its own tokens; the balance is over the tokens of all devices."""
+    state = init_state(params(), OPTIMIZER)
     alone, want = train_step(OPTIMIZER)(state, cut(1))
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     placed = jax.device_put(state, parameter_shardings(state, mesh))
@@ -243,8 +243,8 @@ def test_eight_devices_equal_one():
     )
 
 
-def test_the_balance_moves_the_router_and_is_told_apart_from_the_loss():
-    state = init_state(params(), OPTIMIZER, 0)
+def test_the_balance_moves_the_router_and_is_reported_apart_from_the_loss():
+    state = init_state(params(), OPTIMIZER)
     without = dataclasses.replace(MODEL, router_aux_loss_coef=0.0)
     balanced, metrics = train_step(OPTIMIZER)(state, cut(1))
     plain, alone = train_step(OPTIMIZER, without)(state, cut(1))
@@ -256,7 +256,7 @@ def test_the_balance_moves_the_router_and_is_told_apart_from_the_loss():
 
 
 def test_micro_steps_add_their_mean_balance():
-    state = init_state(params(), OPTIMIZER, 0)
+    state = init_state(params(), OPTIMIZER)
     _, whole = train_step(OPTIMIZER)(state, cut(1))
     _, parts = train_step(OPTIMIZER)(state, cut(4))
     single = []
@@ -271,7 +271,7 @@ def test_micro_steps_add_their_mean_balance():
 
 def test_a_frozen_decoder_stays():
     config = dataclasses.replace(OPTIMIZER, train=("merger",), weight_decay=0.1)
-    state = init_state(params(), config, 0)
+    state = init_state(params(), config)
     new, metrics = train_step(config)(state, cut(1))
     jax.tree.map(np.testing.assert_array_equal, new.params["decoder"], state.params["decoder"])
     assert "moe/aux_loss" in metrics
@@ -290,7 +290,7 @@ def test_flops_count_active_experts_only():
 # --- a run ----------------------------------------------------------------------------------------
 
 
-def test_a_run_trains_tells_the_balance_and_exports(tmp_path, data):
+def test_a_run_trains_reports_the_balance_and_exports(tmp_path, data):
     experts = {
         "num_experts": 4,
         "num_experts_per_tok": 2,
@@ -365,7 +365,7 @@ def test_config_reads_both_transformers_forms_and_what_it_writes():
     assert model_config_from_hf({**RAW, "text_config": text}) == five
     assert (five.text.num_experts, five.text.num_experts_per_tok) == (6, 2)
     assert five.text.norm_topk_prob and five.router_aux_loss_coef == 0.01
-    # The reference adds no such loss unless the top level asks for it, and knows no other default.
+    # The reference adds no such loss unless the top level asks for it, and has no other default.
     assert model_config_from_hf(RAW | {"output_router_logits": False}).router_aux_loss_coef == 0
     del text["norm_topk_prob"], text["head_dim"]
     older = model_config_from_hf({**RAW, "text_config": text}).text
@@ -381,7 +381,7 @@ def test_config_reads_both_transformers_forms_and_what_it_writes():
         ({"text_config.mlp_only_layers": [0]}, r"mlp_only_layers is \[0\], which is not supported"),
         ({"text_config.num_local_experts": None}, "neither num_experts nor num_local_experts"),
         ({"text_config.num_experts": 8}, "needs one number of experts"),
-        ({"text_config.num_local_experts": 0}, "num_experts must be positive, but is 0"),
+        ({"text_config.num_local_experts": 0}, "num_experts is 0; it must be positive"),
         ({"text_config.num_experts_per_tok": 7}, "num_experts_per_tok 7 is more than num_exp"),
         ({"text_config.num_experts_per_tok": None}, "lacks num_experts_per_tok"),
         ({"text_config.moe_intermediate_size": -1}, "moe_intermediate_size must be positive"),
@@ -428,8 +428,8 @@ def test_stacked_experts_are_written_in_parts_of_equal_size(
     chunk_bytes, chunk, tmp_path, monkeypatch
 ):
     """An expert's matrix takes 48 * 40 * 4 = 7680 bytes."""
-    monkeypatch.setattr(orbax_io, "CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr(orbax_io, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(regions, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(regions, "BLOCK_BYTES", 1)
     hf = make_folder(tmp_path / "hf", SMALL_MOE)
     from_hf.convert(hf, tmp_path / "orbax")
     to_hf.convert(tmp_path / "orbax", tmp_path / "back")

@@ -31,12 +31,13 @@ def graph_of(case: Case, **compute) -> nnx.GraphDef:
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(graph, params, batch, weights):
-    """Logits [rows L V], the weighted loss and its gradients."""
+    """Logits [B L V], the weighted loss and its gradients."""
 
     def loss(params):
         model = nnx.merge(graph, params)
         hidden, _ = model(batch)
-        return batch_loss(graph, params, batch, weights)[0], model.decoder.logits(hidden)
+        loss, _ = batch_loss(graph, params, batch, weights, micro_steps=1)
+        return loss, model.decoder.logits(hidden)
 
     (value, logits), grads = jax.value_and_grad(loss, has_aux=True)(params)
     return logits, value, grads
@@ -118,7 +119,7 @@ def test_packed_rows_equal_single_samples_in_every_order(case: Case):
 def test_a_leak_would_show(case: Case):
     """The packed test can fail: a shared segment changes logits by far more than its bound.
 
-    Between samples where there are several, else between the sample's two windows.
+    The segment joins the samples, or the two windows if there is only one sample.
     """
     n = len(case.samples)
     batch = pack(case.config, case.samples, tuple(range(n)))
@@ -132,7 +133,7 @@ def test_a_leak_would_show(case: Case):
 
 
 def test_bfloat16_stays_near_float32(case: Case):
-    """A coarse guard that the bfloat16 path computes the same thing."""
+    """A coarse check that the bfloat16 path computes the same thing."""
     graph = nnx.split(nnx.eval_shape(lambda: LlavaOnevision2(case.config, rngs=nnx.Rngs(0))))[0]
     batch = pack(case.config, case.samples, (0,))
     weights = loss_weights(batch.targets[None], "tokens")[0]

@@ -1,4 +1,4 @@
-"""Every mesh axis, alone and in pairs, against one device; what lies where; what cannot work."""
+"""Every mesh axis, alone and in pairs, against one device; cuts of arrays; meshes that fail."""
 
 import dataclasses
 import functools
@@ -55,7 +55,7 @@ MOE = dataclasses.replace(
     router_aux_loss_coef=0.1,
 )
 MODELS = {"dense": DENSE, "moe": MOE}
-# Forty programs are compiled and each runs once.
+# Forty programs are compiled, and each runs once.
 QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
@@ -130,7 +130,7 @@ def check_equal(got: Result, want: Result) -> None:
 
 
 def alone(axis: str) -> MeshConfig:
-    """An axis with all 8 devices, or with 4 where heads or experts are no more."""
+    """An axis with all 8 devices, or with 4 if there are only 4 heads or experts."""
     size = 4 if axis in ("tensor", "expert") else 8
     return dataclasses.replace(MeshConfig(data=8 // size, fsdp=1), **{axis: size})
 
@@ -166,14 +166,14 @@ def test_remat_policies_change_nothing(remat):
 
 
 def test_a_whole_step_on_every_axis():
-    """Update and metrics, too; parameters and moments come back as they were cut."""
+    """Also update and metrics; parameters and moments keep their shardings."""
     config = OptimizerConfig(learning_rate=1e-2, eps=1e-3, weight_decay=0.1)
     compute = ComputeConfig(dtype="float32")
     make = lambda: LlavaOnevision2(MOE, rngs=nnx.Rngs(0), compute=compute)  # noqa: E731
     step = jax.jit(
         make_train_step(nnx.split(nnx.eval_shape(make))[0], config, steps=10, reduction="tokens")
     )
-    state = init_state(random_params(MOE, 0), config, 0)
+    state = init_state(random_params(MOE, 0), config)
     batch = jax.tree.map(lambda x: x[None], global_batch())
     alone, want = step(state, batch)
     mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
@@ -215,7 +215,7 @@ def test_context_pieces_have_the_same_causal_work(context):
 
 
 def test_packs_of_a_context_group_are_read_once():
-    """The batch on devices is the batch of the host, tokens in the order of token_order."""
+    """The batch on the devices is the host's batch, with tokens in the order of token_order."""
     mesh = make_mesh(MeshConfig(fsdp=2, context=4))
     feed = make_feed(mesh)
     assert (feed.index, feed.count, feed.shards) == (0, 1, (0, 1))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from ov2_jax.sharding.mesh import MeshConfig, make_mesh
 from ov2_jax.sharding.rules import batch_shardings, parameter_shardings
 from ov2_jax.training.loss import loss_weights, weighted_cross_entropy
 from ov2_jax.training.monitoring.flops import batch_work, forward_flops, train_flops
-from ov2_jax.training.optimizer import learning_rate, split_trainable
+from ov2_jax.training.optimizer import learning_rate_schedule, split_trainable
 from ov2_jax.training.start import random_params
 from ov2_jax.training.state import init_state
 from ov2_jax.training.step import make_train_step
@@ -92,7 +93,7 @@ def train_step(config: OptimizerConfig, reduction: str = "tokens"):
 def plain_losses(params, batch: Batch) -> np.ndarray:
     """-log p of every target [G*B L], from whole logits; 0 where nothing is supervised."""
     model = nnx.merge(graph(), params)
-    hidden, _ = model(batch)
+    hidden, _ = model(jax.tree.map(jnp.asarray, batch))
     log_p = jax.nn.log_softmax(model.decoder.logits(hidden))
     targets = batch.targets.reshape(log_p.shape[:2])
     picked = jnp.take_along_axis(log_p, np.maximum(targets, 0)[..., None], -1)[..., 0]
@@ -113,13 +114,13 @@ def test_loss_is_the_formulas_whatever_the_accumulation(reduction, accum):
         assert not rows.all()
         want = (losses.sum(-1)[rows] / per_row[rows]).mean()
     config = OptimizerConfig()
-    _, metrics = train_step(config, reduction)(init_state(params, config, 0), cut(batch, accum))
+    _, metrics = train_step(config, reduction)(init_state(params, config), cut(batch, accum))
     assert float(metrics["loss"]) == pytest.approx(want, rel=1e-6)
 
 
 def test_accumulation_gives_the_same_update():
     config = OptimizerConfig(learning_rate=1e-2, eps=1e-3)
-    state = init_state(random_params(MODEL, 0), config, 0)
+    state = init_state(random_params(MODEL, 0), config)
     whole, _ = train_step(config)(state, cut(global_batch(), 1))
     parts, _ = train_step(config)(state, cut(global_batch(), 8))
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.params, whole.params)
@@ -134,7 +135,7 @@ def test_eight_devices_equal_one(mesh_config):
     """Parameters, moments and packs are spread; loss and update stay the same."""
     assert len(jax.devices()) == 8
     config = OptimizerConfig(learning_rate=1e-2, eps=1e-3, weight_decay=0.1)
-    state = init_state(random_params(MODEL, 0), config, 0)
+    state = init_state(random_params(MODEL, 0), config)
     alone, want = train_step(config)(state, cut(global_batch(), 1))
 
     mesh = make_mesh(mesh_config)
@@ -164,7 +165,7 @@ def test_adamw_equals_optax_with_decay_mask_and_schedule():
     config = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1, beta2=0.95, warmup_fraction=0.02)
     params = random_params(MODEL, 0)
     step = train_step(config)
-    state = init_state(params, config, 0)
+    state = init_state(params, config)
 
     trainable, _ = split_trainable(params, config)
     flat = traverse_util.flatten_dict(trainable)
@@ -196,16 +197,35 @@ def test_adamw_equals_optax_with_decay_mask_and_schedule():
 
 def test_learning_rate_warms_up_and_ends_where_it_should():
     config = OptimizerConfig(learning_rate=1e-3, warmup_fraction=0.1, encoder_learning_rate=1e-4)
-    rates = [float(learning_rate(config, "decoder", jnp.int32(s), 100)) for s in range(100)]
+    rates = learning_rate_schedule(config, "decoder", 100)(jnp.arange(100))
     np.testing.assert_allclose(rates[:10], np.arange(1, 11) * 1e-4, rtol=1e-5)
     assert rates[-1] == pytest.approx(1e-6) and max(rates) == pytest.approx(1e-3)
-    assert float(learning_rate(config, "encoder", jnp.int32(9), 100)) == pytest.approx(1e-4)
+    encoder = learning_rate_schedule(config, "encoder", 100)
+    assert float(encoder(jnp.int32(9))) == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 100, 1600, 70313])
+@pytest.mark.parametrize("fraction", [0.0, 0.002, 0.05, 0.9])
+def test_learning_rate_is_the_formulas_at_every_step(steps, fraction):
+    """Also without a warm-up, with no step after it, and with an end above the peak."""
+    config = OptimizerConfig(
+        learning_rate=1e-3, warmup_fraction=fraction, merger_learning_rate=1e-7
+    )
+    warmup = max(1, math.ceil(fraction * steps))
+    step = np.unique(np.r_[np.arange(min(steps, 300)), warmup - 1, warmup, steps // 2, steps - 1])
+    step = step[step < steps]
+    progress = np.clip((step - warmup + 1) / max(1, steps - warmup), 0, 1)
+    for part, peak, end in (("decoder", 1e-3, 1e-6), ("merger", 1e-7, 1e-7)):
+        cosine = end + (peak - end) * 0.5 * (1 + np.cos(np.pi * progress))
+        want = np.where(step < warmup, peak * (step + 1) / warmup, cosine)
+        got = jax.vmap(learning_rate_schedule(config, part, steps))(jnp.asarray(step))
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=2e-7 * peak)
 
 
 def test_frozen_parts_do_not_move_and_cost_no_moments():
     config = OptimizerConfig(train=("merger",), learning_rate=1e-2, weight_decay=0.1)
     params = random_params(MODEL, 0)
-    state = init_state(params, config, 0)
+    state = init_state(params, config)
     assert set(state.opt_state[1].mu) == {"merger"}
     new, metrics = train_step(config)(state, cut(global_batch(), 1))
     for part in ("encoder", "decoder"):
@@ -219,7 +239,7 @@ def test_frozen_parts_do_not_move_and_cost_no_moments():
 def test_the_unused_pooling_head_is_never_decayed():
     config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.5)
     params = random_params(MODEL, 0)
-    new, _ = train_step(config)(init_state(params, config, 0), cut(global_batch(), 1))
+    new, _ = train_step(config)(init_state(params, config), cut(global_batch(), 1))
     jax.tree.map(
         np.testing.assert_array_equal, new.params["encoder"]["head"], params["encoder"]["head"]
     )
@@ -228,7 +248,7 @@ def test_the_unused_pooling_head_is_never_decayed():
 def test_a_non_finite_step_changes_nothing_but_the_counts():
     config = OptimizerConfig(learning_rate=1e-2)
     step = train_step(config)
-    state, _ = step(init_state(random_params(MODEL, 0), config, 0), cut(global_batch(), 1))
+    state, _ = step(init_state(random_params(MODEL, 0), config), cut(global_batch(), 1))
     bad = global_batch()
     patches = bad.vision[0].patches.copy()
     patches[0, 0, 0, 0] = np.inf
@@ -254,9 +274,9 @@ def test_nothing_supervised_is_a_loss_of_zero_and_no_nan():
 @pytest.mark.parametrize("block", [3, 8, 100])
 def test_cross_entropy_in_blocks_equals_whole(block):
     rng = np.random.default_rng(0)
-    hidden = rng.normal(size=(2, 8, 16)).astype(np.float32)
-    head = rng.normal(size=(16, 50)).astype(np.float32)
-    targets = rng.integers(-1, 50, (2, 8))
+    hidden = jnp.asarray(rng.normal(size=(2, 8, 16)).astype(np.float32))
+    head = jnp.asarray(rng.normal(size=(16, 50)).astype(np.float32))
+    targets = jnp.asarray(rng.integers(-1, 50, (2, 8)))
     weights = (targets >= 0) * rng.random((2, 8)).astype(np.float32)
 
     def whole(hidden, head):

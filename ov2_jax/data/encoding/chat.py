@@ -1,10 +1,11 @@
-"""Chat text: turns to token ids with their loss mask, and the whole prompt as one string.
+"""Chat text: the turns of a sample as pieces to tokenise, and the whole prompt as one string.
 
-The text is Qwen's layout. For training it is tokenised in pieces: system text, question with the
-assistant's header, answer, and the newline between rounds, each on its own; an answer that begins
-with a newline must not merge with the header's. Loss falls on an answer and its <|im_end|>.
-A placeholder is one <|image_pad|> until after tokenisation and is then repeated, which gives the
-same ids as repeating it in the text, as a special token never merges with its neighbours.
+The text has Qwen's layout. For training it is tokenised in pieces, each on its own: the system
+text, the question with the assistant's header, the answer, and the newline between rounds. So an
+answer that begins with a newline does not merge with the header's newline. Loss falls on an answer
+and its <|im_end|>.
+A placeholder is one <|image_pad|> during tokenisation and is repeated afterwards. That gives the
+same ids as repeating it in the text, because a special token never merges with its neighbours.
 """
 
 import re
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int, Int64
 
 from ov2_jax.data.encoding.tokenizer import (
     IM_END,
@@ -44,11 +46,38 @@ class Piece(NamedTuple):
     """A text that is tokenised on its own."""
 
     text: str
-    supervised: bool
+    supervised: bool  # its tokens carry loss
+
+
+def match_marks(
+    messages: Sequence[Mapping[str, str]], images: int, videos: int, *, prepend: bool
+) -> Sequence[Mapping[str, str]]:
+    """Messages with as many marks as media.
+
+    If the <image> marks differ from the pictures in number, `prepend` deletes them and puts a mark
+    for every picture before the first question. Raises SampleError placeholder_mismatch.
+    """
+    marks = [mark for m in messages for mark in MARK.findall(m["content"])]
+    found = marks.count("image"), marks.count("video")
+    if found == (images, videos):
+        return messages
+    can_prepend = images and found[1] == videos and prepend
+    asked = next((i for i, m in enumerate(messages) if m["role"] == "user"), None)
+    if not can_prepend or asked is None:
+        raise SampleError(
+            "placeholder_mismatch",
+            f"{found[0]} <image> marks for {images} pictures and {found[1]} <video> marks for "
+            f"{videos} clips",
+        )
+    messages = [m | {"content": m["content"].replace("<image>", "")} for m in messages]
+    question = messages[asked]["content"].lstrip("\n")
+    pictures = "\n".join(["<image>"] * images)
+    messages[asked] = messages[asked] | {"content": f"{pictures}\n{question}"}
+    return messages
 
 
 def parse_chat(messages: Sequence[Mapping[str, str]], system_prompt: str, *, prompt: bool) -> Chat:
-    """Messages to rounds. With `prompt` the last turn is a question, otherwise an answer.
+    """Messages to rounds. The last turn is a question if `prompt`, otherwise an answer.
 
     Raises SampleError: unknown_role, bad_turns, empty_answer, special_token_in_text, and
     placeholder_mismatch for a mark outside a question.
@@ -86,7 +115,7 @@ def parse_chat(messages: Sequence[Mapping[str, str]], system_prompt: str, *, pro
 
 
 def round_pieces(number: int, round_: Round, system: str) -> list[Piece]:
-    """Round `number` (from 0) as the pieces that are tokenised each on its own."""
+    """Round `number` (from 0) as pieces to tokenise each on its own."""
     pieces = []
     if number:
         pieces.append(Piece("\n", False))
@@ -114,7 +143,8 @@ def frame_text(seconds: float | None, decimals: int, *, newline: bool) -> str:
 def replace_marks(text: str, replacement: Callable[[str], str]) -> str:
     """Replaces each mark, in order; `replacement` gets "image" or "video".
 
-    A newline behind a mark is the one that its last frame ends with, as in the reference.
+    As in the reference, a newline after a mark and the newline at the end of its last frame are
+    one.
     """
 
     def place(match: re.Match[str]) -> str:
@@ -124,8 +154,13 @@ def replace_marks(text: str, replacement: Callable[[str], str]) -> str:
     return _MARK_AND_NEWLINE.sub(place, text)
 
 
-def pad_repeats(ids: np.ndarray, counts: Sequence[int], pad_id: int) -> np.ndarray:
-    """int64 [n]: how often each token is to be repeated, counts[i] for the i-th placeholder."""
+def pad_repeats(
+    ids: Int[np.ndarray, " n"], counts: Sequence[int], pad_id: int
+) -> Int64[np.ndarray, " n"]:
+    """How often to repeat each token: counts[i] times the i-th placeholder, others once.
+
+    Raises SampleError placeholder_mismatch.
+    """
     pads = np.flatnonzero(ids == pad_id)
     if len(pads) != len(counts):
         raise SampleError(

@@ -1,8 +1,7 @@
-"""Pictures to patches, pixel for pixel what transformers' Qwen2-VL image processor makes of them.
+"""Pictures to patches, pixel for pixel as transformers' Qwen2-VL image processor makes them.
 
-Letters: H W pixels, h w patches, p patch size, m merge size, C = 3 channels, P = h*w patches.
-Pixels stay uint8 (the model normalises them on the device). As in the Hugging Face processor an
-EXIF rotation is not applied, and transparency is laid over white.
+Pixels stay uint8 (the model normalises them on the device). As in the Hugging Face processor, an
+EXIF rotation is not applied, and a transparent picture is laid over white.
 """
 
 import warnings
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
+from jaxtyping import Int32, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from ov2_jax.core.errors import describe
@@ -19,28 +19,28 @@ from ov2_jax.data.sources.media import Media, check_exists, decodable
 T = TypeVar("T")
 
 MAX_ASPECT = 200
-# A decoded picture of this size takes 360 MB; Pillow's own warning starts here too. A few bytes of
-# PNG can claim any size, so the header is checked before anything is decoded.
+# A decoded picture of this size takes 360 MB; Pillow's own warning starts here too. A PNG of a few
+# bytes can claim any size, so the header is checked before anything is decoded.
 MAX_SOURCE_PIXELS = 89_478_485
 _STRIP_PIXELS = 1 << 22  # laid over white at once
 
-# Pillow warns of every odd tag of every picture. What matters becomes a SampleError.
+# Pillow warns of every odd tag of every picture. A tag that matters becomes a SampleError.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 Image.init()
-# PostScript is a program, which Pillow has Ghostscript run.
+# PostScript is a program, and Pillow would run it in Ghostscript.
 _FORMATS = tuple(name for name in Image.OPEN if name != "EPS")
 
 
 def smart_resize(
     height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
-    """(H, W): multiples of `factor` with an area in min_pixels..max_pixels, aspect nearly kept.
+    """(height, width): multiples of `factor`, an area in min_pixels..max_pixels, nearly the aspect.
 
-    transformers' Qwen2-VL rule: a side may first round to 0 and is then enlarged with the rest.
-    Where the two bounds and the factor contradict each other an area can leave the bounds.
-    Raises SampleError bad_aspect above 200:1.
+    transformers' Qwen2-VL rule: a side may first round to 0 and is then enlarged with the rest. If
+    the two bounds and the factor contradict each other, the area can leave the bounds. Raises
+    SampleError bad_aspect above 200:1.
     """
     if min(height, width) < 1:
         raise SampleError("bad_aspect", f"{width}x{height} has no pixels")
@@ -61,11 +61,11 @@ def smart_resize(
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any 8-bit picture to RGB; raises SampleError bad_image for 16-bit and float ones."""
+    """Any 8-bit picture to RGB. Raises SampleError bad_image for 16-bit and float pictures."""
     if image.mode == "RGB" and image.info.get("transparency") is None:
         return image
     if image.mode.startswith(("I", "F")):
-        # Pillow would clip instead of scale, and make most of such a picture white.
+        # Pillow would clip the values instead of scaling them, and most of it would be white.
         raise SampleError(
             "bad_image",
             f"pictures of mode {image.mode} are not read; convert it to 8 bits a channel",
@@ -91,7 +91,7 @@ def load_image(path: Media) -> Image.Image:
 
     def load(image: Image.Image) -> Image.Image:
         if image.format == "PNG":
-            # Decoding stops at the last row and sees neither the checksums nor the end.
+            # Decoding stops at the last row and reads neither the checksums nor the end.
             with Image.open(decodable(path), formats=("PNG",)) as again:
                 again.verify()
         image.load()
@@ -101,7 +101,7 @@ def load_image(path: Media) -> Image.Image:
 
 
 def image_size(path: Media) -> tuple[int, int]:
-    """(H, W) from the file's header alone. Raises SampleError missing_file or bad_image."""
+    """(height, width) from the file's header. Raises SampleError missing_file or bad_image."""
     return _with_picture(path, lambda image: (image.height, image.width))
 
 
@@ -121,20 +121,22 @@ def _with_picture(path: Media, use: Callable[[Image.Image], T]) -> T:
             raise
         raise SampleError(error.reason, f"{path}: {error.detail}") from error
     except UnidentifiedImageError as error:
-        raise SampleError("bad_image", f"{path} is no picture that Pillow knows") from error
+        raise SampleError("bad_image", f"{path} is no picture that Pillow can read") from error
     except Exception as error:  # Pillow's plugins raise nearly everything on broken files
         raise SampleError("bad_image", f"{path}: {describe(error)}") from error
 
 
-def resize(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """uint8 [H W 3], bicubic. In memory it lies channel by channel, as `patchify` wants it."""
+def resize(image: Image.Image, height: int, width: int) -> UInt8[np.ndarray, "{height} {width} 3"]:
+    """Bicubic. The result lies in memory channel by channel, which `patchify` is fastest with."""
     if (image.height, image.width) != (height, width):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.stack([np.asarray(band) for band in image.split()]).transpose(1, 2, 0)
 
 
-def patchify(pixels: np.ndarray, patch: int, merge: int) -> np.ndarray:
-    """uint8 [H W C] to [P C*p*p]: patches in block order, values by (channel, row, column)."""
+def patchify(
+    pixels: UInt8[np.ndarray, "height width C"], patch: int, merge: int
+) -> UInt8[np.ndarray, "P values"]:
+    """Patches in block order (merge x merge), their C*p*p values by (channel, row, column)."""
     height, width, channels = pixels.shape
     h, w = height // (merge * patch), width // (merge * patch)
     planes = np.ascontiguousarray(pixels.transpose(2, 0, 1))
@@ -145,8 +147,8 @@ def patchify(pixels: np.ndarray, patch: int, merge: int) -> np.ndarray:
     return blocks.view(np.uint8).reshape(h * w * merge**2, channels * patch**2)
 
 
-def patch_positions(t: int, h: int, w: int, merge: int) -> np.ndarray:
-    """int32 [h*w 3]: (t, row, column) of a grid's patches in m x m block order; t for all."""
+def patch_positions(t: int, h: int, w: int, merge: int) -> Int32[np.ndarray, "{h}*{w} 3"]:
+    """(t, row, column) of a grid's patches in m x m block order; all have the same t."""
     rows, columns = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
     grid = np.stack([np.full_like(rows, t), rows, columns], axis=-1)
     blocks = grid.reshape(h // merge, merge, w // merge, merge, 3).transpose(0, 2, 1, 3, 4)

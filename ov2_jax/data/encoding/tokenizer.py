@@ -1,4 +1,4 @@
-"""The tokenizer: whatever transformers loads from a folder, checked against the model's ids."""
+"""The tokenizer: transformers loads it from a folder; its ids are checked against the model's."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,7 +10,7 @@ from ov2_jax.core.errors import DataError
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What is used of transformers' PreTrainedTokenizerFast, whose import takes a second."""
+    """The part of transformers' PreTrainedTokenizerFast that is used; its import takes a second."""
 
     backend_tokenizer: Any
 
@@ -24,16 +24,16 @@ SPECIAL_TOKENS = (IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_P
 
 
 def token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text as it stands, special tokens included and none added.
+    """Ids of a text as it is: special tokens in it count, and none are added.
 
-    Goes to the Rust tokenizer itself: transformers' wrapper sets truncation and padding on every
+    Calls the Rust tokenizer itself: transformers' wrapper sets truncation and padding on every
     call, which fails ("Already borrowed") when several threads share a tokenizer.
     """
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def check_tokenizer(tokenizer: object, model: ModelConfig) -> None:
-    """Raises DataError unless each chat and vision token is one token with the model's id."""
+    """Raises DataError unless every chat and vision token is one token, with the model's id."""
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise DataError(f"{type(tokenizer).__name__} has no tokenizer.json; a fast one is needed.")
     expected = {
@@ -48,7 +48,7 @@ def check_tokenizer(tokenizer: object, model: ModelConfig) -> None:
             raise DataError(f"The tokenizer splits {token}; it must be one special token.")
         if token in expected and ids[0] != expected[token]:
             raise DataError(
-                f"The tokenizer's id of {token} is {ids[0]} but the model's config says "
+                f"The tokenizer's id of {token} is {ids[0]} but the model's config has "
                 f"{expected[token]}; they must come from the same checkpoint."
             )
     size = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True)
@@ -65,8 +65,8 @@ def load_tokenizer(folder: epath.PathLike, model: ModelConfig) -> Tokenizer:
 
     if not (epath.Path(folder) / "tokenizer.json").exists():
         raise DataError(f"{folder} is not a tokenizer folder: it has no tokenizer.json.")
-    # Not AutoTokenizer: it reads the model's config.json, whose type only remote code knows, and
-    # asks on the terminal whether to run that.
+    # Not AutoTokenizer: it reads the model's config.json, whose model type only remote code
+    # defines, and asks on the terminal whether to run that code.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
     check_tokenizer(tokenizer, model)
     return tokenizer

@@ -8,6 +8,7 @@ from absl import flags
 
 from ov2_jax.config.build import experiment_from
 from ov2_jax.config.start import tokenizer_folder, with_checkpoint_model
+from ov2_jax.core.files import size
 from ov2_jax.core.program import Given, run
 from ov2_jax.data.encoding.tokenizer import load_tokenizer
 from ov2_jax.data.inspect.inspect import check_out, inspect_data, write_page
@@ -21,7 +22,7 @@ def _define_flags() -> None:
 
 
 def main(given: Given) -> None:
-    jax.config.update("jax_platforms", "cpu")  # beside a training run: its accelerator is its own
+    jax.config.update("jax_platforms", "cpu")  # a training run may use the accelerator
     path = check_out(given.out)
     experiment = experiment_from(given.config, needs_workdir=False)
     experiment, _ = with_checkpoint_model(experiment, resuming=False)
@@ -35,7 +36,7 @@ def main(given: Given) -> None:
         command=shlex.join(["python", "-m", "ov2_jax.data.inspect", *sys.argv[1:]]),
     )
     write_page(page, path)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    print(f"{path}: {size(path) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

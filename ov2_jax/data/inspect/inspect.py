@@ -2,26 +2,25 @@
 
     python -m ov2_jax.data.inspect --config=configs/quickstart.py --out=report.html
 
-Packed rows, the exact text with its loss, every picture as the patches hold it, codec-style clips
-frame by frame, how full the rows are, and what was set aside and why. The page needs no network.
-No accelerator is touched, and nothing is written but the page.
+The page shows packed rows, the exact text with its loss, every picture as the patches hold it,
+codec-style clips frame by frame, how full the rows are, and which samples were rejected and why.
+It needs no network. No accelerator is used, and only the page is written.
 """
 
-import tempfile
-from pathlib import Path
-
+from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ov2_jax.config.experiment import Experiment
 from ov2_jax.core.errors import UserError
+from ov2_jax.core.files import to_path, write_file
 from ov2_jax.data.encoding.tokenizer import Tokenizer
-from ov2_jax.data.inspect.packs import open_road
+from ov2_jax.data.inspect.packs import show_packs
 from ov2_jax.data.inspect.page import Collector, render
 
 
 class InspectError(UserError):
-    """A page that cannot be written where it was asked for."""
+    """The page cannot be written to the path that was given."""
 
 
 def inspect_data(
@@ -33,10 +32,10 @@ def inspect_data(
     title: str = "",
     command: str = "",
 ) -> str:
-    """The page, from the first packs that a run of one process would train on.
+    """The page of the first packs that a run of one process trains on.
 
-    `count` samples are packed and counted, `samples` of them are shown with their pictures. Raises
-    ConfigError and DataError where the data cannot be read at all.
+    `count` samples are packed and counted; `samples` of them are shown with their pictures. Raises
+    ConfigError and DataError if the data cannot be read at all.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -46,7 +45,7 @@ def inspect_data(
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("samples", total=count)
-        road = open_road(
+        packs = show_packs(
             experiment.data,
             experiment.pack,
             experiment.model,
@@ -55,28 +54,28 @@ def inspect_data(
             count=count,
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
-        collector = Collector(experiment.pack, experiment.model, road.names, samples)
-        for pack in road:
+        collector = Collector(experiment.pack, experiment.model, packs.names, samples)
+        for pack in packs:
             collector.add(pack)
         progress.update(bar, description="pictures")
         return render(
             collector,
             collector.details(tokenizer),
-            road.rejected,
+            packs.rejected,
             title=title,
             command=command,
-            aside=road.aside,
-            origin=road.origin,
-            epoch=road.epoch,
+            checked=packs.checked,
+            origin=packs.origin,
+            epoch=packs.epoch,
             seed=experiment.seed,
             pack=experiment.pack,
             model=experiment.model,
         )
 
 
-def check_out(out: str | Path) -> Path:
-    """Raises InspectError before an hour was spent on a page that cannot be written."""
-    path = Path(out)
+def check_out(out: epath.PathLike) -> epath.Path:
+    """Raises InspectError before an hour is spent on a page that cannot be written."""
+    path = to_path(out)
     if path.suffix not in (".html", ".htm"):
         raise InspectError(f"--out is {str(out)!r}; name an .html file.")
     if path.is_dir():
@@ -86,10 +85,6 @@ def check_out(out: str | Path) -> Path:
     return path
 
 
-def write_page(page: str, path: Path) -> None:
-    """Replaces the file whole: a killed run leaves no half page."""
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-        part = Path(folder) / path.name
-        # Ids and file names may hold lone surrogates, which UTF-8 has no bytes for.
-        part.write_bytes(page.encode("utf-8", "backslashreplace"))
-        part.replace(path)
+def write_page(page: str, path: epath.PathLike) -> None:
+    # Ids and file names may hold lone surrogates, which UTF-8 has no bytes for.
+    write_file(path, page.encode("utf-8", "backslashreplace"))

@@ -1,7 +1,4 @@
-"""Pictures, frames and canvases of a sample, rebuilt from its patches.
-
-Letters: h w patch rows and columns, p patch size, m merge size, P patches, t frame number.
-"""
+"""Pictures, frames and canvases of a sample, rebuilt from its patches."""
 
 import base64
 import io
@@ -10,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int, Int32, UInt8
 from PIL import Image
 
 from ov2_jax.config.model import VisionConfig
@@ -27,7 +25,7 @@ _FRAME_HEAD = re.compile(r"(?:<(\d+(?:\.\d+)?) seconds>)?" + re.escape(VISION_ST
 
 
 class TextSpan(NamedTuple):
-    """Consecutive tokens of one look."""
+    """Consecutive tokens of one kind."""
 
     text: str
     kind: str  # text, loss, special, pad
@@ -38,8 +36,8 @@ class Run(NamedTuple):
     """Consecutive placeholders."""
 
     patches: slice
-    seconds: str | None  # the time that the text says before it
-    glued: bool  # nothing but that time stands between it and the run before
+    seconds: str | None  # the time in the text before it
+    glued: bool  # only that time is between it and the run before
 
 
 class Picture(NamedTuple):
@@ -56,7 +54,7 @@ class Picture(NamedTuple):
 
 
 class GroupFrame(NamedTuple):
-    """What a group of canvases holds of one frame."""
+    """The blocks of one frame in a group of canvases."""
 
     t: int
     seconds: str | None
@@ -67,12 +65,14 @@ class Group(NamedTuple):
     """A codec window."""
 
     canvases: list[Picture]
-    anchor: int | None  # index of the frame that is there whole
+    anchor: int | None  # index of the frame that is complete
     frames: list[GroupFrame]
 
 
-class Medium(NamedTuple):
-    kind: str
+class ShownMedia(NamedTuple):
+    """A picture or clip."""
+
+    kind: str  # PICTURE, FRAMES or CODEC
     pictures: list[Picture]  # a picture, or the frames of a clip
     groups: list[Group]  # of a codec clip
 
@@ -80,8 +80,8 @@ class Medium(NamedTuple):
 # --- kinds ----------------------------------------------------------------------------------------
 
 
-def window_kind(positions: np.ndarray) -> str:
-    """What a window of patches [P 3] holds; parts of frames are codec-style."""
+def window_kind(positions: Int[np.ndarray, "P 3"]) -> str:
+    """The kind of a window, from its patches' (t, h, w); parts of frames are codec-style."""
     t = positions[:, 0]
     area = (positions[:, 1].max() + 1) * (positions[:, 2].max() + 1)
     times, counts = np.unique(t, return_counts=True)
@@ -111,7 +111,7 @@ def sample_kind(kinds: Sequence[str]) -> str:
 
 
 def text_spans(sample: SeenSample, tokenizer: Tokenizer, special: frozenset[int]) -> list[TextSpan]:
-    """The sample's text, to the letter; placeholders of one run are one span."""
+    """The sample's exact text; the placeholders of one run are one span."""
     tokens, kinds = sample.tokens, sample.kinds
     looks = np.where(kinds == LOSS, 1, 0)
     looks[np.isin(tokens, list(special))] += 2
@@ -128,7 +128,7 @@ def text_spans(sample: SeenSample, tokenizer: Tokenizer, special: frozenset[int]
     ]
 
 
-def _decode(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
+def _decode(tokenizer: Tokenizer, tokens: Int32[np.ndarray, " n"]) -> str:
     return tokenizer.backend_tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
 
 
@@ -141,7 +141,7 @@ def _runs(sample: SeenSample, tokenizer: Tokenizer, unit: int) -> list[Run]:
         text = _decode(tokenizer, sample.tokens[before:start])
         head = _FRAME_HEAD.search(text)
         between = text[: head.start()] if head else text
-        # The run before has closed with one token, and perhaps a newline.
+        # The run before ended with one token, and perhaps a newline.
         glued = bool(runs) and not re.sub(r"^<\|vision_end\|>", "", between).strip("\n")
         patches = slice(merged * unit, (merged + int(end - start)) * unit)
         runs.append(Run(patches, head.group(1) if head else None, glued))
@@ -153,18 +153,21 @@ def _runs(sample: SeenSample, tokenizer: Tokenizer, unit: int) -> list[Run]:
 
 
 def unpatchify(
-    patches: np.ndarray, places: np.ndarray, grid: tuple[int, int], vision: VisionConfig
-) -> np.ndarray:
-    """uint8 [H W 3] of patches [P C*p*p] at places [P 2] (row, column) of a grid; the rest grey."""
+    patches: UInt8[np.ndarray, "P values"],
+    places: Int[np.ndarray, "P 2"],
+    grid: tuple[int, int],
+    vision: VisionConfig,
+) -> UInt8[np.ndarray, "height width C"]:
+    """The pixels of patches at places (row, column) of a grid; places without a patch are grey."""
     p = vision.patch_size
     pixels = np.full((*grid, vision.num_channels, p, p), 128, np.uint8)
     pixels[places[:, 0], places[:, 1]] = patches.reshape(-1, vision.num_channels, p, p)
-    # (h, w, C, p, p) -> (h, p, w, p, C)
+    # h w C p p -> h p w p C
     return pixels.transpose(0, 3, 1, 4, 2).reshape(grid[0] * p, grid[1] * p, vision.num_channels)
 
 
-def data_uri(pixels: np.ndarray) -> str:
-    """Exact (PNG) where that is small, else a JPEG of full colour resolution."""
+def data_uri(pixels: UInt8[np.ndarray, "height width C"]) -> str:
+    """An exact PNG if it is small, else a JPEG of full colour resolution."""
     image, out = Image.fromarray(pixels), io.BytesIO()
     kind = "png"
     image.save(out, "PNG", compress_level=4)
@@ -175,8 +178,8 @@ def data_uri(pixels: np.ndarray) -> str:
 
 
 def _picture(
-    patches: np.ndarray,
-    places: np.ndarray,
+    patches: UInt8[np.ndarray, "P values"],
+    places: Int[np.ndarray, "P 2"],
     grid: tuple[int, int],
     vision: VisionConfig,
     t: int,
@@ -190,7 +193,7 @@ def _picture(
 # --- media ----------------------------------------------------------------------------------------
 
 
-def media_of(sample: SeenSample, tokenizer: Tokenizer, vision: VisionConfig) -> list[Medium]:
+def media_of(sample: SeenSample, tokenizer: Tokenizer, vision: VisionConfig) -> list[ShownMedia]:
     """The sample's pictures and clips, in order."""
     runs = _runs(sample, tokenizer, vision.merge_unit)
     by_start = {run.patches.start: run for run in runs}
@@ -206,23 +209,23 @@ def media_of(sample: SeenSample, tokenizer: Tokenizer, vision: VisionConfig) -> 
         end += size
         t = sample.positions[here, 0]
         run = by_start.get(here.start)
-        # A clip's frame numbers rise from window to window (parts of one frame may lie in two);
-        # a picture's are 0. A window may begin inside a run: then it goes on with what was there.
+        # A clip's frame numbers rise from window to window (parts of one frame may be in two);
+        # a picture's are 0. A window that begins inside a run belongs to the media before it.
         falls = int(t.min()) <= last_t - (kind == CODEC)
         fresh = run is not None and (not run.glued or falls or (run.seconds is not None) != timed)
         if fresh or not media:
             media.append([])
         media[-1].append(here)
         last_t, timed = int(t.max()), run.seconds is not None if run else timed
-    return [_medium(sample, windows, seconds, vision) for windows in media]
+    return [_shown(sample, windows, seconds, vision) for windows in media]
 
 
-def _medium(
+def _shown(
     sample: SeenSample,
     windows: list[slice],
     seconds: dict[tuple[int, int], str],
     vision: VisionConfig,
-) -> Medium:
+) -> ShownMedia:
     whole = slice(windows[0].start, windows[-1].stop)
     positions = sample.positions[whole]
     grid = int(positions[:, 1].max()) + 1, int(positions[:, 2].max()) + 1
@@ -234,7 +237,7 @@ def _medium(
     kinds = [window_kind(sample.positions[w]) for w in windows]
     if CODEC in kinds:
         groups = [_group(sample, w, grid, times, vision) for w in windows]
-        return Medium(CODEC, [], groups)
+        return ShownMedia(CODEC, [], groups)
     t = positions[:, 0]
     starts = np.flatnonzero(np.diff(t, prepend=-1))
     pictures = [
@@ -248,7 +251,7 @@ def _medium(
         )
         for start, end in zip(starts, [*starts[1:], len(t)], strict=True)
     ]
-    return Medium(PICTURE if kinds == [PICTURE] else FRAMES, pictures, [])
+    return ShownMedia(PICTURE if kinds == [PICTURE] else FRAMES, pictures, [])
 
 
 def _group(
@@ -258,7 +261,8 @@ def _group(
     times: dict[int, str],
     vision: VisionConfig,
 ) -> Group:
-    """Canvases are filled block by block; where a patch comes from is its position."""
+    """The group of one window. Canvases are filled block by block; a patch's position is its place
+    in the clip."""
     merge, unit, area = vision.spatial_merge_size, vision.merge_unit, grid[0] * grid[1]
     patches, positions = sample.patches[window], sample.positions[window]
     layout = patch_positions(0, *grid, merge)[:, 1:]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
+from jaxtyping import Int8
 from markupsafe import Markup, escape
 
 from ov2_jax.config.model import ModelConfig
@@ -19,7 +20,7 @@ from ov2_jax.data.inspect.media import (
     CODEC,
     FRAMES,
     PICTURE,
-    Medium,
+    ShownMedia,
     TextSpan,
     media_of,
     sample_kind,
@@ -37,7 +38,7 @@ _FILES = Path(__file__).with_name("assets")
 
 
 class SampleRow(NamedTuple):
-    """What the page says of every sample, shown in detail or not."""
+    """What the page has of every sample, shown in detail or not."""
 
     id: str
     source: str
@@ -60,14 +61,14 @@ class Detail(NamedTuple):
     number: int
     row: SampleRow
     spans: list[TextSpan]
-    media: list[Medium]
+    media: list[ShownMedia]
 
 
 class Collector:
     """Takes packs one after the other and keeps what the page needs of them.
 
-    `details`: how many samples are kept with their pictures. Each data set, task and kind gets one
-    before any gets a second, as far as they go.
+    `details` is how many samples are kept with their pictures. Each combination of data set, task
+    and kind gets one before any gets a second.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Collector:
             rows[sample.row].append([number, sample.offset, *_lengths(sample.kinds)])
             for size, place, kind in zip(sample.windows, sample.places, kinds, strict=True):
                 entry = [number, place.offset, size, _WINDOW_KINDS.index(kind)]
-                vision[place.size][place.row].append(entry)
+                vision[place.row_class][place.row].append(entry)
         for k, patches in enumerate(pack.info.class_patches):
             self._class_patches[k] += patches
         self.packs.append(
@@ -126,7 +127,7 @@ class Collector:
         )
         self.windows.extend((size, kind) for size in sample.windows)
         if (sample.file, sample.line) in self._seen or not self._wanted:
-            return  # an epoch that went round
+            return  # a sample of a further epoch
         self._seen.add((sample.file, sample.line))
         key = sample.source, sample.task, kind
         entry = (-self._met[key], -number, sample)
@@ -152,13 +153,13 @@ class Collector:
     # --- statistics -------------------------------------------------------------------------------
 
     def usage(self) -> list[tuple[str, int, int]]:
-        """(what, filled, slots): of tokens, loss, patches and every class of vision rows."""
+        """(name, filled, slots) of tokens, loss, patches and every row class."""
         packs, config = len(self.packs), self._config
         tokens = sum(p["tokens"] for p in self.packs)
         loss = sum(p["supervised"] for p in self.packs)
         bars = [
             ("Token slots filled", tokens, packs * config.token_slots),
-            ("Tokens with loss, of those", loss, tokens),
+            ("Tokens with loss", loss, tokens),
         ]
         if config.vision_rows:
             patches = sum(self._class_patches)
@@ -196,7 +197,7 @@ class Collector:
         return [{"title": title, **histogram(values)} for title, values in found if values]
 
 
-def _lengths(kinds: np.ndarray) -> list[int]:
+def _lengths(kinds: Int8[np.ndarray, " n"]) -> list[int]:
     """Run lengths: kind, tokens, kind, tokens, ..."""
     starts = np.flatnonzero(np.diff(kinds, prepend=-1))
     lengths = np.diff(starts, append=len(kinds))
@@ -206,8 +207,8 @@ def _lengths(kinds: np.ndarray) -> list[int]:
 def histogram(values: Sequence[tuple[int, str]]) -> dict[str, Any]:
     """Bins of whole numbers with their counts by kind of sample; there is at least one value.
 
-    Lengths of pictures and of clips differ a hundredfold: then each bin is so many times, instead
-    of so much, longer than the one before.
+    Lengths of pictures and of clips differ a hundredfold. Then the widths of the bins grow by a
+    constant factor instead of being equal.
     """
     numbers = np.array([n for n, _ in values])
     low, high = int(numbers.min()), int(numbers.max())
@@ -236,8 +237,8 @@ def histogram(values: Sequence[tuple[int, str]]) -> dict[str, Any]:
 
 
 def _lines(text: str) -> Markup:
-    """Escaped, with an empty element before every line's end that the style sheet draws a sign in:
-    long lines wrap, and a newline must not look like that."""
+    """The escaped text, with an empty element before every newline in which the style sheet draws a
+    sign: long lines wrap, and a newline must look different."""
     return escape(text).replace("\n", Markup('<i class="nl"></i>\n'))
 
 
@@ -248,15 +249,15 @@ def render(
     *,
     title: str,
     command: str,
-    aside: str,
+    checked: str,
     origin: str,
     epoch: int,
     seed: int,
     pack: PackConfig,
     model: ModelConfig,
 ) -> str:
-    """The whole page. Everything that data brings is escaped, and the page's policy lets no script
-    run but its own and nothing be fetched."""
+    """The whole page. All text from the data is escaped, and the page's policy allows no script but
+    its own and no request."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FILES),
         autoescape=True,
@@ -282,7 +283,7 @@ def render(
         details=details,
         reasons=sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0])),
         rejected=len(rejected),
-        aside=aside,
+        checked=checked,
         origin=origin,
         epoch=epoch,
         seed=seed,
@@ -309,11 +310,11 @@ def render(
                         "anchor": group.anchor,
                         "frames": [frame._asdict() for frame in group.frames],
                     }
-                    for group in medium.groups
+                    for group in media.groups
                 ]
                 for detail in details
-                for i, medium in enumerate(detail.media)
-                if medium.groups
+                for i, media in enumerate(detail.media)
+                if media.groups
             },
         },
     )

@@ -1,30 +1,29 @@
-"""The host side of a training run's data: Grain reads and encodes, this packs, both can resume.
+"""The data of a training run on one host: batches, counts, and a state to resume from.
 
-What a pack holds is planned for the whole corpus (planned.py) or chosen among the samples that wait
-in memory (lookahead.py). Placement, counting and what becomes of bad samples are the same.
+Grain reads and encodes samples; this package packs them. The samples of a pack are chosen from
+those that wait in memory (lookahead.py), or a plan of the whole corpus names them (planned.py).
+Placement, counting and the treatment of rejected samples are the same.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grain
+from etils import epath
 
 from ov2_jax.config.data import DataConfig, leaves
 from ov2_jax.config.model import ModelConfig
 from ov2_jax.config.pack import PackConfig
 from ov2_jax.core.errors import ConfigError
-from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.encoding.sample_encoder import SampleEncoder
 from ov2_jax.data.encoding.tokenizer import Tokenizer
+from ov2_jax.data.loader.counts import LoaderCounts
 from ov2_jax.data.loader.lookahead import LookaheadIterator
-from ov2_jax.data.loader.planned import PackMaker, PackOrder, PlannedIterator
-from ov2_jax.data.loader.steps import Progress, StepInfo
+from ov2_jax.data.loader.planned import PlannedIterator, open_planned
 from ov2_jax.data.loader.workers import steps_ahead
-from ov2_jax.data.plan.fingerprint import encoding_inputs
-from ov2_jax.data.plan.reading import open_plan
 from ov2_jax.data.rejected import RejectLog
 from ov2_jax.data.sources.mixture import Mixture
-
-__all__ = ["StepInfo", "make_loader"]
 
 
 def make_loader(
@@ -37,19 +36,19 @@ def make_loader(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
-    rejects_path: str | Path,
+    rejects_path: epath.PathLike,
 ) -> grain.DatasetIterator:
     """An endless iterator over (Batch with the axis G = packs_per_step / process_count, StepInfo).
 
-    Every epoch has an order of its own (unless `data.shuffle` is off), equal on all processes, and
-    each takes its share: without a plan every process_count-th sample, with one its part of the
-    packs of a step. `get_state` describes what was handed out, not what was prepared ahead; it is
-    small JSON and works with grain.checkpoint; see steps.share_state for other numbers of
-    processes. Close the iterator when done.
+    Every epoch has an order of its own (unless `data.shuffle` is off), which is equal on all
+    processes. Each process takes its share: without a plan every process_count-th sample, with a
+    plan its part of the packs of a step. `get_state` describes the steps that were taken, not those
+    that were made ahead. The state is small JSON and works with grain.checkpoint; if the number of
+    processes changes, see resume.share_state. Close the iterator when done.
 
-    Rejected samples are appended to `rejects_path`; with several processes each writes a file of
-    its own (`rejected.jsonl` becomes `rejected-00003.jsonl`). Raises ConfigError, and DataError
-    when the data or the plan cannot be used or too many samples are rejected.
+    Rejected samples are appended to `rejects_path`. If there are several processes, each writes a
+    file of its own (`rejected.jsonl` becomes `rejected-00003.jsonl`). Raises ConfigError, and
+    DataError if the data or the plan cannot be used or too many samples are rejected.
     """
     if packs_per_step <= 0 or packs_per_step % process_count:
         raise ConfigError(
@@ -65,28 +64,29 @@ def make_loader(
     encoder = SampleEncoder(data, model, tokenizer, pack, seed=seed)
     log = RejectLog(rejects_path)
     if data.plan is not None:
-        inputs = encoding_inputs(data, model, pack, tokenizer, seed)
-        plan, read = open_plan(data, inputs, encoder)
+        opened = open_planned(data, pack, model, tokenizer, encoder, seed)
+        info = opened.plan.info
         names = [source.title for source in leaves(data.sources)]
-        samples = plan.info.samples // len(plan.info.epochs)
-        identity: dict[str, Any] = {
-            "plan": plan.info.digest,
-            "shuffle": data.shuffle,
-            "seed": seed,
-        }
+        epoch = -(-(info.samples // len(info.epochs)) // process_count)
+        counts = LoaderCounts(data, names, epoch, log)
+        identity: dict[str, Any] = {"plan": info.digest, "shuffle": data.shuffle, "seed": seed}
         return steps_ahead(
-            PlannedIterator,
-            PackOrder(plan.info.epochs, seed=seed, shuffle=data.shuffle),
-            PackMaker(plan, read, pack, model),
-            data,
-            pack,
-            packs_per_step,
-            process_index,
-            process_count,
-            Progress(data, names, -(-samples // process_count), log),
-            identity,
+            partial(
+                PlannedIterator,
+                opened,
+                data,
+                pack,
+                model,
+                packs_per_step,
+                process_index,
+                process_count,
+                counts,
+                identity,
+            )
         )
     mixture = Mixture(data.sources, seed=seed, shuffle=data.shuffle)
+    samples = grain.MapDataset.source(mixture)[process_index::process_count].map(encoder)
+    counts = LoaderCounts(data, mixture.names, -(-mixture.epoch // process_count), log)
     identity = {
         "plan": None,
         "samples": mixture.epoch,
@@ -96,13 +96,7 @@ def make_loader(
         "process_index": process_index,
         "process_count": process_count,
     }
+    packs = packs_per_step // process_count
     return steps_ahead(
-        LookaheadIterator,
-        grain.MapDataset.source(mixture)[process_index::process_count].map(encoder),
-        data,
-        pack,
-        model,
-        packs_per_step // process_count,
-        Progress(data, mixture.names, -(-mixture.epoch // process_count), log),
-        identity,
+        partial(LookaheadIterator, samples, data, pack, model, packs, counts, identity)
     )

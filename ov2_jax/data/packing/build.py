@@ -10,9 +10,15 @@ from ov2_jax.config.pack import PackConfig
 from ov2_jax.core.batch import IGNORE, Batch, VisionRows
 from ov2_jax.core.errors import DataError
 from ov2_jax.data.packing.placement import Placement
+from ov2_jax.data.rejected import Rejected
 from ov2_jax.data.sample import EncodedSample
 
-# --- arrays ---------------------------------------------------------------------------------------
+
+class ChosenPack(NamedTuple):
+    """Candidates for a pack, and the places of those that go into it."""
+
+    samples: Sequence[EncodedSample | Rejected]
+    placements: Sequence[Placement]  # of no rejected sample
 
 
 class PackInfo(NamedTuple):
@@ -21,12 +27,12 @@ class PackInfo(NamedTuple):
     sample_ids: tuple[str, ...]
     tokens: int
     supervised_tokens: int
-    class_patches: tuple[int, ...]  # real patches in each class
+    class_patches: tuple[int, ...]  # real patches in each row class
     windows: int
 
 
 def _merged_starts(config: PackConfig, unit: int) -> list[int]:
-    """The flat merged token with which each class begins; at the end their number M."""
+    """The first merged token of each row class; at the end their number M."""
     starts = [0]
     for rows, width in config.vision_rows:
         starts.append(starts[-1] + rows * width // unit)
@@ -34,14 +40,15 @@ def _merged_starts(config: PackConfig, unit: int) -> list[int]:
 
 
 def build_pack(
-    samples: Sequence[EncodedSample],
+    samples: Sequence[EncodedSample | Rejected],
     placements: Sequence[Placement],
     config: PackConfig,
     model: ModelConfig,
 ) -> tuple[Batch, PackInfo]:
     """The arrays of one pack (a Batch without its G axis) and what it holds.
 
-    Raises DataError where a sample's placeholders and patches differ in number.
+    `samples` are candidates, of which those in `placements` are used. Raises DataError if a
+    sample's placeholders and patches differ in number.
     """
     shape = (config.rows, config.seq_len)
     tokens, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
@@ -69,15 +76,14 @@ def build_pack(
         targets[here][:-1] = np.where(sample.loss_mask[1:], sample.tokens[1:], IGNORE)
         merged, begin = [], 0
         for window, patches in zip(place.windows, sample.windows.tolist(), strict=True):
-            rows, there = vision[window.size], slice(window.offset, window.offset + patches)
-            row_windows[window.size][window.row] += 1
-            rows.patches[window.row, there] = sample.patches[begin : begin + patches]
-            rows.patch_positions[window.row, there] = sample.patch_positions[
-                begin : begin + patches
-            ]
-            rows.segment_ids[window.row, there] = row_windows[window.size][window.row]
-            width = config.vision_rows[window.size][1]
-            start = starts[window.size] + (window.row * width + window.offset) // unit
+            row_class, row, offset = window
+            rows, width = vision[row_class], config.vision_rows[row_class][1]
+            own, there = slice(begin, begin + patches), (row, slice(offset, offset + patches))
+            row_windows[row_class][row] += 1
+            rows.patches[there] = sample.patches[own]
+            rows.patch_positions[there] = sample.patch_positions[own]
+            rows.segment_ids[there] = row_windows[row_class][row]
+            start = starts[row_class] + (row * width + offset) // unit
             merged.append(np.arange(start, start + patches // unit, dtype=np.int32))
             begin += patches
         pads = np.flatnonzero(sample.tokens == model.image_token_id)

@@ -1,18 +1,16 @@
-"""Proposes classes of vision rows for a corpus."""
+"""Proposes the classes of vision rows for a corpus."""
 
 import itertools
 from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import Int, Real
 
 from ov2_jax.config.pack import PackConfig
 from ov2_jax.core.errors import DataError
 from ov2_jax.data.packing.planning import Lengths, LengthTable, find_misfit, plan_table
 
-_STARTS = 2  # sets of widths whose numbers of rows are searched
-
-
-# --- vision rows ----------------------------------------------------------------------------------
+_STARTS = 2  # sets of widths for which numbers of rows are searched
 
 
 def propose_vision_rows(
@@ -27,18 +25,18 @@ def propose_vision_rows(
     even_width: float = 6144.0,
     samples: int = 10000,
 ) -> tuple[tuple[int, int], ...]:
-    """Classes of vision rows for PackConfig(rows, seq_len), such that training costs little.
+    """Classes of vision rows for PackConfig(rows, seq_len) with which training is cheap.
 
-    Widths are multiples of `unit` (the merge unit; 128 for attention kernels that want blocks),
-    numbers of rows of `divide`, and there are at most `classes`. Every record fits into an empty
-    pack. Among candidate widths (sizes that windows often have, and small multiples) and numbers of
-    rows it searches for the least cost of a plan of so many `samples`,
+    Widths are multiples of `unit` (the merge unit; 128 for attention kernels that work in blocks),
+    numbers of rows are multiples of `divide`, and there are at most `classes`. Every record fits
+    into an empty pack. The search is over candidate widths (sizes that windows often have, and
+    small multiples) and numbers of rows. It minimises the cost of a plan of `samples` records,
 
-        packs * (token slots * token_cost + sum of R * W * (1 + W / even_width)):
+        packs * (token slots * token_cost + sum of R * W * (1 + W / even_width)).
 
-    `token_cost` is what a token costs the decoder, in patches through the encoder without
-    attention (8.2e9 / 3.0e8 parameters: 27 for 8b), and `even_width` the width of a row from which
-    attention costs more than the rest (6 D: 24 D^2 against 4 W D operations a patch and layer).
+    `token_cost` is the cost of a token in the decoder, in patches through the encoder without
+    attention (8.2e9 / 3.0e8 parameters: 27 for 8b). `even_width` is the row width above which
+    attention costs more than the rest (6 D: 24 D^2 against 4 W D operations per patch and layer).
 
     A pure function. Raises DataError if a record is longer than seq_len.
     """
@@ -55,8 +53,10 @@ def propose_vision_rows(
     extremes = [np.argsort(-a, kind="stable")[:500] for a in (table.patches, table.largest)]
     hard = np.unique(np.concatenate([*extremes, order]))
 
-    def widened(counts: dict[int, int], records: np.ndarray = hard) -> dict[int, int]:
-        """More rows, until every one of the records fits."""
+    def widened(
+        counts: dict[int, int], records: Int[np.ndarray, " members"] = hard
+    ) -> dict[int, int]:
+        """Adds rows until every record fits."""
         counts = dict(counts)
         while True:
             key = tuple((r, w) for w, r in sorted(counts.items()))
@@ -72,8 +72,8 @@ def propose_vision_rows(
         if (some, key) not in costs:
             config = PackConfig(rows, seq_len, key)
             ends = plan_table(table, order[:some], config).ends
-            # The last pack counts by how many samples it has, or steps of whole packs would hide
-            # what a row more or less does.
+            # The last pack counts by its number of samples; whole packs would hide the effect of a
+            # row more or less.
             last = np.diff(ends, prepend=0)[-1] * len(ends) / ends[-1]
             patches = sum(r * w * (1 + w / even_width) for r, w in key)
             cost = (len(ends) - 1 + min(last, 1)) * (config.token_slots * token_cost + patches)
@@ -82,13 +82,12 @@ def propose_vision_rows(
 
     windows, number = np.unique(table.run_windows, return_inverse=True)
     patches = np.bincount(number, table.run_windows * table.run_counts)
-    patches *= rows * seq_len / table.tokens.sum()  # of each size of window, a full pack
+    patches *= rows * seq_len / table.tokens.sum()  # of each size of window in a full pack
     starts = []
     clips = table.run_windows[table.run_counts >= 4]
-    many = int(clips.max(initial=0))  # the widest of which a record has many
+    many = int(clips.max(initial=0))  # the widest window that a record has many times
     for widths in _widths(windows, patches, many, unit, classes):
-        # Rows as each class' own windows need them; but where records want more of the widest,
-        # fewer of the others.
+        # As many rows as the windows of each class need; fewer if records need more of the widest.
         need = 1.08 * np.bincount(np.searchsorted(widths, windows), patches, len(widths))
         fewest = widened({w: divide for w in widths})
         spare = max(fewest[widths[-1]] * widths[-1] - need[-1], 0)
@@ -108,8 +107,8 @@ def _downhill(
     widened: Callable[[dict[int, int]], dict[int, int]],
     cost: Callable[[dict[int, int]], float],
 ) -> dict[int, int]:
-    """Rows by width such that no step lowers the cost: fewer or more rows of a class, rows of one
-    class for rows of another, a class less."""
+    """Changes the numbers of rows by width until no step lowers the cost. A step is fewer or more
+    rows of a class, rows of one class for rows of another, or one class less."""
     while True:
         fewer = [{w: -divide} for w in counts]
         other = [{w: -divide, v: divide} for w in counts for v in counts if v != w]
@@ -128,10 +127,17 @@ def _downhill(
 
 
 def _widths(
-    windows: np.ndarray, patches: np.ndarray, many: int, unit: int, classes: int
+    windows: Int[np.ndarray, " sizes"],
+    patches: Real[np.ndarray, " sizes"],
+    many: int,
+    unit: int,
+    classes: int,
 ) -> list[tuple[int, ...]]:
-    """Sets of widths worth a try: the last holds the largest window; the others are sizes that
-    windows often have or that clips have, twice those, and parts of the whole."""
+    """Sets of widths to try, from the sizes of windows and the patches that each size has.
+
+    The last width holds the largest window. The others are sizes that windows often have or that
+    clips have, twice those, and quantiles of the patches.
+    """
     share = np.cumsum(patches) / patches.sum()
     parts = windows[np.searchsorted(share, (0.15, 0.3, 0.5, 0.7)).clip(max=len(windows) - 1)]
     often = windows[np.argsort(-patches, kind="stable")[:2]]

@@ -1,9 +1,9 @@
-"""What lengths and plans depend on, as flat names and values that are compared and shown to people.
+"""The values that lengths and plans depend on, by flat names, to compare and to show to people.
 
-Encoding: the config of the data road, the model's geometry and token ids, the pack's shape (what
-fits), the tokenizer's content, and every file's name, records and bytes. The seed only where clips
-are read one way or the other by a coin. Where files and media lie (`path`, `root`) counts while a
-folder is being prepared, but a prepared data set may move afterwards.
+Lengths depend on the data config, the model's patches, windows and token ids, the pack's shape
+(which decides what fits), the tokenizer's content, and every file's name, records and bytes. They
+depend on the seed only if a coin decides how clips are read. The places of files and media (`path`,
+`root`) count while a folder is being prepared, but a prepared data set may move afterwards.
 """
 
 import dataclasses
@@ -13,18 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-import fsspec
-
 from ov2_jax.config.data import DataConfig, SourceConfig, leaves
 from ov2_jax.config.model import ModelConfig
 from ov2_jax.config.pack import PackConfig
+from ov2_jax.core.files import size
 from ov2_jax.data.encoding.tokenizer import Tokenizer
 
-# Raised where the same configuration comes to give other lengths.
+# Increased when the same configuration begins to give other lengths.
 _FORMAT = 1
 
-# Fields of DataConfig that do not change what a sample becomes. `sources` and `shuffle` are the
-# mixture's; of the sources' fields the encoding's are listed below.
+# Fields of DataConfig that do not change an encoded sample. `sources` and `shuffle` belong to the
+# mixture; encoding_inputs lists the fields of a source that encoding depends on.
 _NOT_ENCODING = (
     "sources",
     "shuffle",
@@ -45,13 +44,8 @@ _TOKEN_IDS = (
 _PLACES = ("path", "root")
 
 
-def _bytes(file: str) -> int:
-    """Bytes of a file, or of all files in a folder (TFDS); local or remote."""
-    files, inner = fsspec.core.url_to_fs(file)
-    return int(files.du(inner))
-
-
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """A hash of the tokenizer's content, wherever it lies."""
     text = tokenizer.backend_tokenizer.to_str()
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -63,7 +57,7 @@ def encoding_inputs(
     tokenizer: Tokenizer,
     seed: int,
 ) -> dict[str, Any]:
-    """All that a record's length depends on but for the files, as plain JSON values."""
+    """Everything that a record's length depends on, except the files, as plain JSON values."""
     fields = dataclasses.asdict(dataclasses.replace(data, sources=()))
     found: dict[str, Any] = {"format": _FORMAT, "tokenizer": tokenizer_hash(tokenizer)}
     for name, value in fields.items():
@@ -86,7 +80,7 @@ def file_inputs(files: Sequence[Sequence[tuple[str, int]]]) -> dict[str, str]:
     """Name, records and bytes of every file of every source (RecordSource.files)."""
     return {
         f"data.sources[{i}] file {k + 1}": (
-            f"{PurePath(file).name} ({records} records, {_bytes(file)} bytes)"
+            f"{PurePath(file).name} ({records} records, {size(file)} bytes)"
         )
         for i, of_source in enumerate(files)
         for k, (file, records) in enumerate(of_source)
@@ -94,12 +88,12 @@ def file_inputs(files: Sequence[Sequence[tuple[str, int]]]) -> dict[str, str]:
 
 
 def mixture_inputs(data: DataConfig) -> dict[str, Any]:
-    """What rules which records an epoch has, beside the seed."""
+    """Everything that decides which records an epoch has, except the seed."""
 
-    def of(sources: Sequence[SourceConfig], where: str) -> dict[str, Any]:
+    def of(sources: Sequence[SourceConfig], prefix: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for i, source in enumerate(sources):
-            here = f"{where}[{i}]"
+            here = f"{prefix}[{i}]"
             for name in ("weight", "epochs", "cap"):
                 found[f"{here}.{name}"] = getattr(source, name)
             found |= of(source.sources, f"{here}.sources")
@@ -117,9 +111,9 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
 def difference(
     then: Mapping[str, Any], now: Mapping[str, Any], *, moved: bool = False
 ) -> str | None:
-    """`NAME A, but this run has NAME B`, of the first name whose values differ; None if all agree.
+    """`NAME A, but this run has B` for the first name whose values differ; None if all are equal.
 
-    With `moved` the places of sources need not agree.
+    With `moved` the places of sources may differ.
     """
     for name in [*now, *sorted(set(then) - set(now))]:
         if moved and name.startswith("data.sources[") and name.rpartition(".")[2] in _PLACES:

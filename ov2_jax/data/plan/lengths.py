@@ -1,54 +1,66 @@
-"""Shards of lengths, each of so many consecutive records, and the table of all.
+"""Lengths of records: shards of consecutive records, and the table of all."""
 
-tokens [n]: 0 where the record was set aside      counts [n]: its windows
-windows [k]: patches of each window, flat         dropped, fallbacks [n]
-rejects: JSON lines of those that were set aside, in order (bytes)
-"""
-
-import json
-from collections.abc import Iterable, Iterator, Sequence
+import io
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
+from jaxtyping import Int32, Int64, UInt8
 
-from ov2_jax.core.files import part_of
-from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.core.files import write_file
+from ov2_jax.data.encoding.sample_encoder import SampleEncoder
 from ov2_jax.data.packing.planning import Lengths
-from ov2_jax.data.plan.folder import LENGTHS, Arrays, write_arrays
-from ov2_jax.data.rejected import Rejected
+from ov2_jax.data.plan.folder import TABLE, write_table
+from ov2_jax.data.rejected import Rejected, rejected_line
 from ov2_jax.data.sources.index import RecordSource
 
 _SHARDS = "lengths"
 
 
+class _Shard(NamedTuple):
+    """Lengths of consecutive records, as an .npz file."""
+
+    tokens: Int32[np.ndarray, " records"]  # 0: the record was rejected
+    window_counts: Int32[np.ndarray, " records"]
+    windows: Int32[np.ndarray, " windows"]  # patches of each window
+    dropped_rounds: Int32[np.ndarray, " records"]
+    uniform_fallbacks: Int32[np.ndarray, " records"]
+    rejected: UInt8[np.ndarray, " bytes"]  # the lines of rejected.jsonl, in order
+
+
+class RecordLengths(NamedTuple):
+    """The lengths of all records. The first three fields are those of planning.Lengths."""
+
+    tokens: Int32[np.ndarray, " records"]  # 0: the record was rejected
+    windows: Int32[np.ndarray, " windows"]  # patches of each window
+    ends: Int64[np.ndarray, " records"]  # windows of record i are windows[ends[i - 1] : ends[i]]
+    dropped_rounds: Int32[np.ndarray, " records"]
+    uniform_fallbacks: Int32[np.ndarray, " records"]
+
+
 def shard_file(folder: epath.Path, number: int) -> epath.Path:
-    return folder / _SHARDS / f"{number:05d}.safetensors"
+    return folder / _SHARDS / f"{number:05d}.npz"
 
 
 def finished_shards(folder: epath.Path) -> set[int]:
     there = folder / _SHARDS
     if not there.exists():
         return set()
-    return {int(p.stem) for p in there.iterdir() if p.suffix == ".safetensors" and p.stem.isdigit()}
-
-
-def reject_line(rejected: Rejected) -> bytes:
-    """As RejectLog writes it."""
-    line = json.dumps(rejected._asdict(), ensure_ascii=False) + "\n"
-    return line.encode("utf-8", "backslashreplace")
+    return {int(p.stem) for p in there.iterdir() if p.suffix == ".npz" and p.stem.isdigit()}
 
 
 def measure_shard(
     records: RecordSource, encoder: SampleEncoder, which: range, path: epath.Path
 ) -> None:
-    """Validates the records and writes their lengths, atomically."""
+    """Validates the records and writes their lengths. The file is written whole or not at all."""
     columns = np.zeros((4, len(which)), np.int32)
     windows: list[int] = []
-    rejects: list[bytes] = []
+    rejected: list[bytes] = []
     for i, record in enumerate(which):
         length = encoder.measure(records[record])
         if isinstance(length, Rejected):
-            rejects.append(reject_line(length))
+            rejected.append(rejected_line(length))
             continue
         columns[:, i] = (
             length.tokens,
@@ -58,61 +70,41 @@ def measure_shard(
         )
         windows += length.windows
     tokens, counts, dropped, fallbacks = columns
-    write_arrays(
-        path,
-        {
-            "tokens": tokens,
-            "counts": counts,
-            "dropped": dropped,
-            "fallbacks": fallbacks,
-            "windows": np.array(windows, np.int32),
-            "rejects": np.frombuffer(b"".join(rejects), np.uint8),
-        },
+    lines = np.frombuffer(b"".join(rejected), np.uint8)
+    shard = _Shard(tokens, counts, np.array(windows, np.int32), dropped, fallbacks, lines)
+    file = io.BytesIO()
+    np.savez(file, **shard._asdict())
+    write_file(path, file.getvalue())
+
+
+def _read_shard(folder: epath.Path, number: int) -> _Shard:
+    with np.load(io.BytesIO(shard_file(folder, number).read_bytes())) as arrays:
+        return _Shard(**arrays)
+
+
+def join_shards(folder: epath.Path, shards: int) -> RecordLengths:
+    """Writes the table of all records from the finished shards, and returns it."""
+    parts = [_read_shard(folder, i) for i in range(shards)]
+    joined = _Shard(*map(np.concatenate, zip(*parts, strict=True)))
+    table = RecordLengths(
+        joined.tokens,
+        joined.windows,
+        np.cumsum(joined.window_counts, dtype=np.int64),
+        joined.dropped_rounds,
+        joined.uniform_fallbacks,
     )
+    write_table(folder / TABLE, table)
+    return table
 
 
-def write_table(folder: epath.Path, shards: int) -> None:
-    """The finished shards as one table: tokens, windows, ends, dropped, fallbacks."""
-    columns: dict[str, list[np.ndarray]] = {
-        name: [np.zeros(0, np.int32)]
-        for name in ("tokens", "counts", "dropped", "fallbacks", "windows")
-    }
+def read_rejected(folder: epath.Path, shards: int) -> Iterator[bytes]:
+    """The JSON lines of all shards, in the order of the records."""
     for i in range(shards):
-        arrays = Arrays(shard_file(folder, i))
-        for name, parts in columns.items():
-            parts.append(np.array(arrays[name]))  # a copy: a map each would be too many open files
-    joined = {name: np.concatenate(parts) for name, parts in columns.items()}
-    joined["ends"] = np.cumsum(joined.pop("counts"), dtype=np.int64)
-    write_arrays(folder / LENGTHS, joined)
+        yield from _read_shard(folder, i).rejected.tobytes().splitlines(keepends=True)
 
 
-def read_rejects(folder: epath.Path, shards: int) -> Iterator[bytes]:
-    """The JSON lines of all shards, in order of the records."""
-    for i in range(shards):
-        yield from Arrays(shard_file(folder, i))["rejects"].tobytes().splitlines(keepends=True)
-
-
-def usable_lengths(table: Arrays) -> tuple[Lengths, np.ndarray]:
-    """The lengths of records that were not set aside, and their record numbers, int64."""
-    tokens, ends = np.asarray(table["tokens"]), np.asarray(table["ends"])
-    usable = tokens > 0  # the others have no windows either
-    lengths = Lengths(tokens[usable], np.asarray(table["windows"]), ends[usable])
+def usable_lengths(table: RecordLengths) -> tuple[Lengths, Int64[np.ndarray, " usable"]]:
+    """The lengths of the records that were not rejected, and the numbers of these records."""
+    usable = table.tokens > 0  # the others have no windows either
+    lengths = Lengths(table.tokens[usable], table.windows, table.ends[usable])
     return lengths, np.flatnonzero(usable)
-
-
-def count_by_source(values: np.ndarray, sizes: Sequence[int]) -> list[int]:
-    """Sums of the records' values by source."""
-    sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-    ends = np.cumsum(sizes)
-    return (sums[ends] - sums[ends - np.array(sizes)]).tolist()
-
-
-def write_lines(path: epath.Path, lines: Iterable[bytes]) -> int:
-    """Atomically; returns how many."""
-    part, n = part_of(path), 0
-    with part.open("wb") as file:
-        for line in lines:
-            file.write(line)
-            n += 1
-    part.replace(path)
-    return n

@@ -1,9 +1,9 @@
 """Packs whose samples are encoded beforehand, one ArrayRecord record a pack.
 
-A record is a safetensors message of the samples' arrays end to end, without padding, and their
-texts as JSON: what encoding gave, bad samples included, in the order of the plan. Pixels are as
-large as they are: 588 bytes a patch of 14 pixels; compressing them would cost at each reading what
-it saves. Placement follows from the plan, so reading ends in the same batches as encoding.
+A record is a safetensors message of the samples' arrays end to end, without padding, and of their
+texts as JSON: the results of encoding, rejected samples included, in the order of the plan. Pixels
+are stored raw: 588 bytes a patch of 14 pixels; compressing them would cost at each reading what it
+saves. Placement follows from the plan, so reading gives the same batches as encoding.
 """
 
 import json
@@ -18,7 +18,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from ov2_jax.core.errors import DataError
-from ov2_jax.core.files import is_remote, part_of
+from ov2_jax.core.files import is_remote, writing
 from ov2_jax.data.rejected import Rejected
 from ov2_jax.data.sample import EncodedSample
 
@@ -37,7 +37,7 @@ def samples_to_bytes(samples: Sequence[EncodedSample | Rejected]) -> bytes:
     ]
     good = [sample for sample in samples if isinstance(sample, EncodedSample)]
     arrays = {name: np.concatenate([getattr(s, name) for s in good]) for name in _ARRAYS if good}
-    text = json.dumps(texts).encode()  # ASCII, so lone surrogates of odd file names come through
+    text = json.dumps(texts).encode()  # ASCII, so lone surrogates in file names stay as they are
     return safetensors.numpy.save({**arrays, "texts": np.frombuffer(text, np.uint8)})
 
 
@@ -65,17 +65,16 @@ def samples_from_bytes(record: bytes) -> list[EncodedSample | Rejected]:
     return samples
 
 
-def write_packs(path: epath.Path, packs: Iterable[Sequence[EncodedSample | Rejected]]) -> None:
-    """A file of packs, atomically."""
-    part = part_of(path)
-    if not is_remote(str(path)):
-        _write(str(part), packs)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            local = str(Path(folder) / "packs")
-            _write(local, packs)
-            epath.Path(local).copy(part)
-    part.replace(path)
+def write_packs(path: epath.PathLike, packs: Iterable[Sequence[EncodedSample | Rejected]]) -> None:
+    """Writes a file of packs, whole or not at all."""
+    with writing(path) as part:
+        if not is_remote(path):
+            _write(str(part), packs)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                local = str(Path(folder) / "packs")
+                _write(local, packs)
+                epath.Path(local).copy(part)
 
 
 def _write(path: str, packs: Iterable[Sequence[EncodedSample | Rejected]]) -> None:

@@ -5,9 +5,9 @@ from typing import Any
 from ov2_jax.config.data import DataConfig
 from ov2_jax.core.errors import DataError
 from ov2_jax.core.files import read_json
-from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.encoding.sample_encoder import SampleEncoder
 from ov2_jax.data.plan.fingerprint import difference, file_inputs, mixture_inputs
-from ov2_jax.data.plan.folder import MANIFEST, Plan
+from ov2_jax.data.plan.folder import MANIFEST, PackPlan
 from ov2_jax.data.plan.packed_shards import PackedShards
 from ov2_jax.data.rejected import Rejected
 from ov2_jax.data.sample import EncodedSample
@@ -16,10 +16,13 @@ from ov2_jax.data.sources.index import RecordSource
 Samples = list[EncodedSample | Rejected]
 
 
-class PackEncoder:
-    """The samples of pack n of a plan, encoded: `packs(n)`."""
+class PackReader:
+    """Reads and encodes the samples of pack n of a plan: `reader(n)`.
 
-    def __init__(self, plan: Plan, records: RecordSource, encoder: SampleEncoder) -> None:
+    A sample whose length is not the planned one becomes a Rejected.
+    """
+
+    def __init__(self, plan: PackPlan, records: RecordSource, encoder: SampleEncoder) -> None:
         self._plan, self._records, self._encoder = plan, records, encoder
 
     def __call__(self, pack: int) -> Samples:
@@ -43,12 +46,13 @@ class PackEncoder:
 
 def open_plan(
     data: DataConfig, inputs: dict[str, Any], encoder: SampleEncoder
-) -> tuple[Plan, PackEncoder | PackedShards]:
-    """The plan of data.plan, and what reads its packs' samples: `inputs` are `encoding_inputs`.
+) -> tuple[PackPlan, PackReader | PackedShards]:
+    """Opens the plan of data.plan, and the reader of its packs' samples.
 
-    Raises DataError, naming the first thing in which this run differs from the plan.
+    `inputs` are this run's `encoding_inputs`. Raises DataError, which names the first value in
+    which this run differs from the plan.
     """
-    plan = Plan(data.plan)
+    plan = PackPlan(data.plan)
     then = read_json(plan.folder / MANIFEST)["inputs"]
     records = None
     if plan.info.packed_files:
@@ -65,4 +69,4 @@ def open_plan(
         )
     if records is None:
         return plan, PackedShards(plan.packed_files(), plan.packs)
-    return plan, PackEncoder(plan, records, encoder)
+    return plan, PackReader(plan, records, encoder)

@@ -1,4 +1,4 @@
-"""What prepare found: who was set aside and why, totals, and how full the plan's packs are."""
+"""The report of prepare: rejected samples and why, totals, and how full the plan's packs are."""
 
 import json
 from collections import Counter
@@ -6,22 +6,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int64, Shaped
 from rich.console import Console
 from rich.table import Table
 
 from ov2_jax.config.pack import PackConfig
 from ov2_jax.data.packing.planning import Lengths, Packs
 from ov2_jax.data.packing.vision_rows import propose_vision_rows
-from ov2_jax.data.plan.folder import Arrays
-from ov2_jax.data.plan.lengths import count_by_source, usable_lengths
+from ov2_jax.data.plan.lengths import RecordLengths
 
 _PROPOSE_FROM = 20_000  # records; from a million it would take a minute and a half
 
 
-def set_aside(
+# --- contents: plain values, as report.json has them ----------------------------------------------
+
+
+def count_rejected(
     lines: Iterable[bytes], source_of_file: Mapping[str, str]
 ) -> dict[str, dict[str, int]]:
-    """Samples by reason and source, the most frequent reason first."""
+    """Rejected samples by reason and source, the most frequent reason first."""
     found: dict[str, Counter[str]] = {}
     for line in lines:
         entry = json.loads(line)
@@ -31,63 +34,78 @@ def set_aside(
     return {reason: dict(sorted(counts.items())) for reason, counts in ordered}
 
 
-def make_report(
-    table: Arrays,
-    packs: Packs,
-    epochs: Sequence[int],
-    config: PackConfig,
-    merge_unit: int,
-    names: Sequence[str],
-    sizes: Sequence[int],
-    rejects: dict[str, dict[str, int]],
-) -> dict[str, Any]:
-    """Plain values; `epochs` are packs by epoch. `names` and `sizes` are the sources'."""
-    tokens = np.asarray(table["tokens"])
-    sums = np.concatenate([[0], np.cumsum(table["windows"], dtype=np.int64)])
-    ends = np.asarray(table["ends"])
-    patches = np.diff(sums[ends], prepend=0)
-    used = int(tokens[packs.members].sum(dtype=np.int64))
-    used_patches = int(patches[packs.members].sum())
-    n = sum(epochs)
-    lengths = some_lengths(usable_lengths(table)[0])
-    proposed = propose_vision_rows(lengths, config.rows, config.seq_len, unit=merge_unit)
-    by_source = {
-        name: dict(zip(("records", "usable", "tokens", "patches"), row, strict=True))
-        for name, *row in zip(
-            names,
-            sizes,
-            count_by_source(tokens > 0, sizes),
-            count_by_source(tokens, sizes),
-            count_by_source(patches, sizes),
-            strict=True,
-        )
-    }
+def _patches(table: RecordLengths) -> Int64[np.ndarray, " records"]:
+    """Patches of each record."""
+    sums = np.concatenate([[0], np.cumsum(table.windows, dtype=np.int64)])
+    return np.diff(sums[table.ends], prepend=0)
+
+
+def record_totals(table: RecordLengths) -> dict[str, int]:
     return {
-        "records": len(tokens),
-        "usable": int((tokens > 0).sum()),
-        "tokens": int(tokens.sum(dtype=np.int64)),
-        "patches": int(patches.sum()),
-        "windows": len(table["windows"]),
-        "truncated": int((np.asarray(table["dropped"]) > 0).sum()),
-        "uniform_fallbacks": int(np.asarray(table["fallbacks"]).sum()),
-        "sources": by_source,
-        "set_aside": rejects,
-        "plan": {
-            "packs": list(epochs),
-            "samples": len(packs.members),
-            "utilisation_tokens": round(used / (n * config.token_slots), 4),
-            "utilisation_patches": round(used_patches / max(1, n * config.patch_slots), 4),
-        },
-        "vision_rows": {
-            "configured": [list(c) for c in config.vision_rows],
-            "proposed": [list(c) for c in proposed],
-        },
+        "records": len(table.tokens),
+        "usable": int((table.tokens > 0).sum()),
+        "tokens": int(table.tokens.sum(dtype=np.int64)),
+        "patches": int(table.windows.sum(dtype=np.int64)),
+        "windows": len(table.windows),
+        "dropped_rounds": int((table.dropped_rounds > 0).sum()),  # samples
+        "uniform_fallbacks": int(table.uniform_fallbacks.sum()),
+    }
+
+
+def source_totals(
+    table: RecordLengths, names: Sequence[str], sizes: Sequence[int]
+) -> dict[str, dict[str, int]]:
+    """Totals of each source by its name. The sources have `sizes` records, in the table's order."""
+    ends = np.cumsum(sizes)
+    starts = ends - np.array(sizes)
+
+    def by_source(values: Shaped[np.ndarray, " records"]) -> list[int]:
+        sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+        return (sums[ends] - sums[starts]).tolist()
+
+    columns = {
+        "records": sizes,
+        "usable": by_source(table.tokens > 0),
+        "tokens": by_source(table.tokens),
+        "patches": by_source(_patches(table)),
+    }
+    found: dict[str, Counter[str]] = {name: Counter() for name in names}
+    for i, name in enumerate(names):  # sources may share a name
+        found[name].update({column: values[i] for column, values in columns.items()})
+    return {name: dict(totals) for name, totals in found.items()}
+
+
+def plan_totals(
+    table: RecordLengths, packs: Packs, epochs: Sequence[int], config: PackConfig
+) -> dict[str, Any]:
+    """Packs of each epoch, and the share of token and patch slots that they use."""
+    tokens = int(table.tokens[packs.members].sum(dtype=np.int64))
+    patches = int(_patches(table)[packs.members].sum())
+    n = sum(epochs)
+    return {
+        "packs": list(epochs),
+        "samples": len(packs.members),
+        "utilisation_tokens": round(tokens / (n * config.token_slots), 4),
+        "utilisation_patches": round(patches / max(1, n * config.patch_slots), 4),
+    }
+
+
+def vision_rows(lengths: Lengths, config: PackConfig, *, unit: int) -> dict[str, list[list[int]]]:
+    """The configured classes of vision rows, and those proposed for the data.
+
+    Widths of the latter are multiples of `unit`, the merge unit.
+    """
+    some = some_lengths(lengths)
+    proposed = propose_vision_rows(some, config.rows, config.seq_len, unit=unit)
+    return {
+        "configured": [list(c) for c in config.vision_rows],
+        "proposed": [list(c) for c in proposed],
     }
 
 
 def some_lengths(lengths: Lengths) -> Lengths:
-    """Enough records to propose vision rows from: evenly spaced ones, and those with most patches
-    or the largest window."""
+    """Enough records to propose vision rows from: evenly spaced ones, and those with the most
+    patches or the largest window."""
     n = len(lengths.tokens)
     if n <= _PROPOSE_FROM:
         return lengths
@@ -106,6 +124,9 @@ def some_lengths(lengths: Lengths) -> Lengths:
     return Lengths(lengths.tokens[which], np.concatenate(windows), np.cumsum(counts[which]))
 
 
+# --- showing --------------------------------------------------------------------------------------
+
+
 def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, headings, rows) of each table."""
     sources = [
@@ -113,7 +134,7 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[s
     ]
     reasons = [
         [reason, source, f"{n:,}"]
-        for reason, counts in report["set_aside"].items()
+        for reason, counts in report["rejected"].items()
         for source, n in counts.items()
     ]
     plan, rows = report["plan"], report["vision_rows"]
@@ -124,14 +145,14 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[s
         ["patch slots used", f"{plan['utilisation_patches']:.1%}"],
         ["pack.vision_rows", _classes(rows["configured"])],
         ["proposed", _classes(rows["proposed"])],
-        ["samples that lost rounds", f"{report['truncated']:,}"],
+        ["samples that lost rounds", f"{report['dropped_rounds']:,}"],
         ["clips read as uniform frames instead", f"{report['uniform_fallbacks']:,}"],
     ]
     if "packed" in report:
         packs.append(["packed shards", f"{report['packed']['bytes'] / 1e9:.3f} GB"])
     found = [
         ("Data sets", ["name", "records", "usable", "tokens", "patches"], sources),
-        ("Set aside", ["reason", "data set", "samples"], reasons),
+        ("Rejected", ["reason", "data set", "samples"], reasons),
         ("Plan", ["", ""], packs),
     ]
     return [t for t in found if t[2]]

@@ -14,10 +14,7 @@ from ov2_jax.data.rejected import SampleError
 from ov2_jax.data.sources.readers import Reader, open_reader
 from ov2_jax.data.sources.records import RawRecord
 
-# --- reading --------------------------------------------------------------------------------------
-
-
-_OPENERS = 16  # files opened at once: remote ones are mostly waited for
+_OPENERS = 16  # files opened at once: remote ones spend the time waiting
 
 
 class _Part(NamedTuple):
@@ -32,7 +29,7 @@ def _open(source: SourceConfig) -> list[_Part]:
     try:
         files = expand(source.path)
         found = source.kind == "tfds" or all(is_file(file) for file in files)
-    except (ImportError, ValueError) as error:  # fsspec: a package is missing, an unknown scheme
+    except (ImportError, OSError) as error:  # a scheme's package is missing, no permission, ...
         raise DataError(f"The data source {source.path} cannot be opened: {error}.") from error
     if not files or not found:
         raise DataError(f"The data source {source.path} does not exist or is no file.")
@@ -44,7 +41,14 @@ def _open(source: SourceConfig) -> list[_Part]:
 class RecordSource:
     """All sources behind one index: `source[i]` is a RawRecord, `len(source)` their number.
 
-    Nothing that goes wrong with a single record raises: it becomes the record's data.
+    An error of a single record is never raised: it becomes the record's data.
+
+    Attributes:
+      files: for each source, its files (or TFDS folder) and the number of records of each.
+      sizes: for each source, its number of records.
+
+    Raises:
+      DataError: a source cannot be opened, or all of them are empty.
     """
 
     def __init__(self, sources: Sequence[SourceConfig]) -> None:
@@ -52,7 +56,6 @@ class RecordSource:
         parts = [_open(source) for source in sources]
         self._parts = [part for of_source in parts for part in of_source]
         self._ends = np.cumsum([len(part.reader) for part in self._parts])
-        # Of each source its files (or TFDS folder), and how many records each has.
         self.files = tuple(tuple((p.file, len(p.reader)) for p in ps) for ps in parts)
         self.sizes = tuple(sum(n for _, n in files) for files in self.files)
         if not len(self):
@@ -71,7 +74,7 @@ class RecordSource:
             data = error
         except MemoryError:
             raise
-        except Exception as error:  # libraries and storage raise anything; the run goes on
+        except Exception as error:  # libraries and storage raise all classes; the run goes on
             data = SampleError("bad_shard", describe(error))
         return RawRecord(
             data, file, reader.line(row), source.root_of(file), source.title, source.video

@@ -1,15 +1,15 @@
-"""What the columns of published data sets mean: a row becomes a sample of the one record form.
+"""Layouts of published data sets: a row with their columns becomes a sample of the one record form.
 
-A layout is known by the columns it needs, whatever container (JSON, Parquet, tar, ArrayRecord,
-TFDS) brings the row. docs/data.md has the table. Rows of an unknown layout are refused: guessing
-which text is the question would train on nonsense without a word.
+A layout is recognised by the columns it needs, in any container (JSON, Parquet, tar, ArrayRecord,
+TFDS). docs/data.md has the table. Rows of an unknown layout are refused: a guess at which text is
+the question could train on nonsense unnoticed.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ov2_jax.core.errors import DataError
-from ov2_jax.data.rejected import SampleError
+from ov2_jax.data.rejected import bad_record
 from ov2_jax.data.sources import grounding
 
 Row = Mapping[str, Any]
@@ -32,7 +32,7 @@ _FIELDS = (
 
 
 class Layout(NamedTuple):
-    """`needs`: the columns that tell it; `reads`: those it uses where they exist."""
+    """`needs`: the columns that identify it; `reads`: the optional columns that it uses."""
 
     name: str
     needs: tuple[str, ...]
@@ -53,8 +53,8 @@ def _has_text(turn: object) -> bool:
 
 
 def _conversations(row: Row) -> dict[str, Any]:
-    """LLaVA's form. Its video sets (LLaVA-Video-178K) mark the clip `<image>`, which is reread as
-    `<video>` where the sample has clips, no pictures and no `<video>`."""
+    """LLaVA's form. Its video sets (LLaVA-Video-178K) mark the clip `<image>`, which is read as
+    `<video>` if the sample has clips, no pictures and no `<video>`."""
     has = {name for name in _MEDIA if row.get(name)}
     turns = row["conversations"]
     if not has or not has <= {"video", "videos"} or not isinstance(turns, list):
@@ -70,14 +70,14 @@ def _conversations(row: Row) -> dict[str, Any]:
 
 
 def _finevision(row: Row) -> dict[str, Any]:
-    """FineVision: `texts` are rounds; pictures stand before the first question unless marked."""
+    """FineVision: `texts` are rounds; unmarked pictures are put before the first question."""
     rounds = row["texts"]
     if not isinstance(rounds, list) or not all(isinstance(r, Mapping) for r in rounds):
-        raise SampleError("bad_record", "texts must be a list of {user, assistant}")
+        raise bad_record("texts must be a list of {user, assistant}")
     messages = [turn for r in rounds for turn in _turns(r.get("user"), r.get("assistant"))]
     images = row["images"]
     if not isinstance(images, list):
-        raise SampleError("bad_record", "images must be a list")
+        raise bad_record("images must be a list")
     asked = [m["content"] for m in messages[::2]]
     if asked and all(isinstance(q, str) and "<image>" not in q for q in asked):
         messages[0]["content"] = "<image>\n" * len(images) + asked[0]
@@ -85,7 +85,7 @@ def _finevision(row: Row) -> dict[str, Any]:
 
 
 def _caption(row: Row) -> dict[str, Any]:
-    """A picture and its caption (LLaVA-OneVision-1.5 mid-training): the picture alone asks."""
+    """A picture and its caption (LLaVA-OneVision-1.5 mid-training): the picture is the question."""
     return {**row, "messages": _turns("<image>", row["caption"])}
 
 
@@ -117,13 +117,13 @@ LAYOUTS = (
 
 
 def find_layout(columns: Iterable[str]) -> Layout | None:
-    """The first layout whose columns are all there."""
+    """The first layout whose needed columns are all there."""
     columns = set(columns)
     return next((x for x in LAYOUTS if columns.issuperset(x.needs)), None)
 
 
 def layout_of(columns: Iterable[str], file: str) -> tuple[Layout, list[str]]:
-    """The layout of a file with a schema, and which of its columns to read. Raises DataError."""
+    """The layout of a file with a schema, and its columns that are read. Raises DataError."""
     columns = list(columns)
     layout = find_layout(columns)
     if layout is None:
@@ -139,8 +139,7 @@ def to_sample(row: Row) -> dict[str, Any]:
     """The row in the record form: `messages` or `conversations`, and media. Raises SampleError."""
     layout = find_layout(name for name, value in row.items() if value is not None)
     if layout is None:
-        raise SampleError(
-            "bad_record",
+        raise bad_record(
             f"the sample needs {_TURNS} with at least one turn, or another known layout; it has "
             f"{', '.join(map(str, row)) or 'no field'}",
         )

@@ -1,12 +1,12 @@
-"""Pictures and clips as paths or as bytes, and files that may be local or remote.
-
-A path with a scheme (`gs://`, `s3://`, `memory://`, ...) is opened by fsspec, any other one is a
-local file. fsspec's files can be sought in, so what is random-access here is so remotely as well.
-"""
+"""Pictures and clips that are not decoded yet: paths, local or remote, or bytes; and the section of
+a clip that a sample is about."""
 
 import io
 import math
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Shaped
 
 from ov2_jax.core.errors import describe
 from ov2_jax.core.files import is_file, is_remote, open_binary
@@ -14,7 +14,7 @@ from ov2_jax.data.rejected import SampleError
 
 
 class Embedded(NamedTuple):
-    """A file that came inside its record; the name is for people and never opened."""
+    """A file that came inside its record. The name is for messages; nothing opens it."""
 
     data: bytes
     name: str
@@ -23,13 +23,14 @@ class Embedded(NamedTuple):
         return self.name
 
 
-Media = str | Embedded
+Media = str | Embedded  # a picture or clip
+MediaValue = Media | Shaped[np.ndarray, "..."]  # arrays: decoded by TFDS, unchecked
 
 
 def check_exists(media: Media, what: str) -> None:
-    """Raises SampleError missing_file unless it is a file: pipes and devices would be waited for.
+    """Raises SampleError missing_file unless it is a file; a reader would wait for a pipe.
 
-    `what` it is, for the message.
+    `what` names it in the message: "picture", "clip".
     """
     try:
         if isinstance(media, Embedded) or is_file(media):
@@ -40,22 +41,22 @@ def check_exists(media: Media, what: str) -> None:
     raise SampleError("missing_file", f"there is no {what} {media}, or it is no file")
 
 
-def decodable(media: Media) -> str | BinaryIO:
-    """What Pillow and PyAV open: a local path, or a new file object for anything else."""
+def decodable(media: Media) -> str | io.IOBase:
+    """For Pillow and PyAV: a local path, or a new file object for anything else."""
     if isinstance(media, Embedded):
         return io.BytesIO(media.data)
     return open_binary(media) if is_remote(media) else media
 
 
 class Section(NamedTuple):
-    """The part of a clip that a sample is about, in seconds; it is read as a clip of its own, whose
-    frames and times count from its start."""
+    """The part of a clip that a sample is about, in seconds, both ends included. It is read as a
+    clip of its own: frames and times count from its start. Without `end` the clip's end ends it."""
 
     start: float = 0.0
     end: float | None = None
 
     def span(self, path: Media, frames: int, fps: float) -> range:
-        """The numbers of its frames, those at its borders included. Raises SampleError."""
+        """The numbers of its frames in a clip of `frames` at `fps`. Raises SampleError."""
         first = math.ceil(self.start * fps - 1e-6)
         stop = frames if self.end is None else min(frames, math.floor(self.end * fps + 1e-6) + 1)
         if first >= stop:
@@ -67,4 +68,4 @@ class Section(NamedTuple):
         return range(first, stop)
 
 
-WHOLE = Section()
+WHOLE = Section()  # all of a clip

@@ -1,9 +1,9 @@
-"""Mixtures: which sample of which data set is the n-th that training reads.
+"""Mixtures: the n-th sample that training reads, as a data set and a record of it.
 
-One epoch of the mixture has a fixed number of samples of each data set (`draws`); their order is
-shuffled anew each epoch. A data set that gives more or fewer than it has goes on in its own
-shuffled order from epoch to epoch, so all of its samples are seen equally often. Everything is a
-function of (sources, seed, ordinal): nothing is remembered, and a run resumes anywhere.
+One epoch of the mixture has a fixed number of samples of each data set (`draws`), in an order that
+is shuffled anew each epoch. A data set that gives more or fewer samples than it has continues in
+its own shuffled order in the next epoch, so all of its samples are read equally often. The order is
+a function of (sources, seed, ordinal) and has no state, so a run can resume anywhere.
 """
 
 import sys
@@ -12,6 +12,7 @@ from fractions import Fraction
 
 import grain
 import numpy as np
+from jaxtyping import Int64
 
 from ov2_jax.config.data import SourceConfig, leaves
 from ov2_jax.core.errors import DataError
@@ -20,7 +21,7 @@ from ov2_jax.data.sources.records import RawRecord
 
 
 def _natural(node: SourceConfig, sizes: dict[int, int]) -> Fraction:
-    """Samples that a data set or group gives in an epoch if no weight says otherwise."""
+    """Samples that a data set or group without a weight gives in an epoch."""
     if node.sources:
         count = sum((_natural(child, sizes) for child in node.sources), Fraction(0))
     else:
@@ -55,11 +56,11 @@ def _assign(nodes: Sequence[SourceConfig], total: int, sizes: dict[int, int]) ->
 
 
 def epoch_draws(sources: Sequence[SourceConfig], sizes: Sequence[int]) -> tuple[int, ...]:
-    """How many samples each data set (leaf) gives in one epoch of the mixture.
+    """The number of samples that each data set (leaf) gives in one epoch of the mixture.
 
-    An epoch has as many samples as the data sets give together by their `epochs` and `cap`; where
-    data sets have weights, these samples are shared out by weight. Raises DataError for a data set
-    whose share rounds to nothing, or that has a weight but no sample.
+    An epoch has the samples that the data sets give together by their `epochs` and `cap`. If data
+    sets have weights, these samples are divided by weight. `sizes` are the leaves' records. Raises
+    DataError for a data set whose share rounds to 0, or that has a weight but no sample.
     """
     found = leaves(sources)
     by_leaf = dict(zip(map(id, found), sizes, strict=True))
@@ -77,7 +78,14 @@ def epoch_draws(sources: Sequence[SourceConfig], sizes: Sequence[int]) -> tuple[
 
 
 class Mixture:
-    """The endless order of reading: `mixture[n]` is the n-th RawRecord, for any n."""
+    """The endless order of reading: `mixture[n]` is the n-th RawRecord, for any n.
+
+    Attributes:
+      records: the records of all data sets.
+      names: of the data sets (leaves).
+      draws: samples of an epoch, by data set.
+      epoch: samples of an epoch.
+    """
 
     def __init__(self, sources: Sequence[SourceConfig], *, seed: int, shuffle: bool) -> None:
         self.records = RecordSource(sources)
@@ -93,7 +101,9 @@ class Mixture:
         self._orders = []
         for i, (size, count) in enumerate(zip(sizes, self.draws, strict=True)):
             order = grain.MapDataset.range(max(size, 1))
-            if shuffle and count != size:  # the slots' order is enough for one that is read whole
+            if (
+                shuffle and count != size
+            ):  # a data set that is read whole needs only the slots' order
                 own = int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
                 order = order.shuffle(seed=own)
             self._orders.append(order)
@@ -113,7 +123,7 @@ class Mixture:
         drawn = ordinal // self.epoch * self.draws[leaf] + within
         return leaf, int(self._starts[leaf]) + int(self._orders[leaf][drawn])
 
-    def epoch_records(self, epoch: int) -> np.ndarray:
-        """Indices of the records that an epoch reads, int64 [self.epoch], in order."""
+    def epoch_records(self, epoch: int) -> Int64[np.ndarray, " records"]:
+        """Indices of the records that an epoch reads, in order."""
         ordinals = range(epoch * self.epoch, (epoch + 1) * self.epoch)
         return np.fromiter((self.locate(n)[1] for n in ordinals), np.int64, self.epoch)

@@ -3,8 +3,6 @@
 The Splash kernels of JAX mask by segment ids but visit every block of a row, so a row of many small
 windows would cost its length squared. Here the block mask, which they read from scalar memory, is
 computed from the segments of each row: only blocks that hold a visible pair are computed.
-
-Dimension letters: B rows, Q queries and K keys of a row, H heads, J key/value heads, D head size.
 """
 
 import operator
@@ -13,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as masks
+from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from ov2_jax.model.attention.blocks import Segments, visited_blocks
 
@@ -21,14 +20,23 @@ _LANES = 128
 
 
 def block_size(length: int) -> int:
-    """The largest whole part of a row's length in lanes of 128, up to BLOCK."""
+    """The largest multiple of 128 lanes up to BLOCK that divides a row's length."""
     return next(n for n in range(BLOCK, 0, -_LANES) if length % n == 0)
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments, *, interpret: bool = False
-) -> jax.Array:
-    """[B Q H D]; rows of other lengths than multiples of 128 are padded here."""
+    q: Float[Array, "B Q H K"],
+    k: Float[Array, "B T J K"],
+    v: Float[Array, "B T J K"],
+    segments: Segments,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B Q H K"]:
+    """Softmax attention inside segments, in q's dtype.
+
+    Rows whose length is no multiple of 128 are padded here. `interpret` runs the kernels as plain
+    JAX, on any device.
+    """
     length = q.shape[1]
     q, k, v = (_padded(x) for x in (q, k, v))
     index = segments.q_index
@@ -39,8 +47,8 @@ def attention(
     )
     block_q, block_k = block_size(q.shape[1]), block_size(k.shape[1])
     visited = visited_blocks(segments, block_q, block_k)
-    # Blocks of padding alone see nothing; one block each, whose result is thrown away below, keeps
-    # the softmax of its queries finite.
+    # A block of queries that is all padding sees nothing. It visits one block of keys, which keeps
+    # its softmax finite; the result is thrown away below.
     visited = visited.at[:, :, 0].set(visited[:, :, 0] | ~visited.any(-1))
     causal = index is not None
     sizes = kernel.BlockSizes(
@@ -52,7 +60,7 @@ def attention(
         block_kv_dq=block_k,
     )
 
-    def one_row(row: tuple) -> jax.Array:
+    def one_row(row: tuple) -> Float[Array, "Q H K"]:
         q, k, v, q_ids, k_ids, visited = row
         over_keys = _mask_info(visited, segments.q_index, axis=1)
         run = kernel.SplashAttentionKernel(
@@ -80,22 +88,24 @@ def attention(
     return jnp.where(segments.q_ids[..., None, None] > 0, out, 0)[:, :length]
 
 
-def computed_scores(segments: Segments) -> jax.Array:
-    """How many scores `attention` computes for these rows in one head, int32 [B]."""
+def computed_scores(segments: Segments) -> Int32[Array, " B"]:
+    """How many scores `attention` computes for each row in one head."""
     sizes = block_size(segments.q_ids.shape[1]), block_size(segments.k_ids.shape[1])
     return visited_blocks(segments, *sizes).sum((1, 2)) * (sizes[0] * sizes[1])
 
 
-def _padded(x: jax.Array) -> jax.Array:
+def _padded(x: Shaped[Array, "B L *rest"]) -> Shaped[Array, "B padded *rest"]:
     """Axis 1 up to a multiple of 128, with zeros."""
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % _LANES)] + [(0, 0)] * (x.ndim - 2))
 
 
-def _mask_info(visited: jax.Array, q_index: jax.Array | None, *, axis: int) -> masks.MaskInfo:
-    """Of visited blocks [I J], for kernels that walk along `axis` (1: keys, 0: queries).
+def _mask_info(
+    visited: Bool[Array, "q_blocks k_blocks"], q_index: Int32[Array, " Q"] | None, *, axis: int
+) -> masks.MaskInfo:
+    """The mask of one row for kernels that walk along `axis` (1: keys, 0: queries).
 
-    `data_next` is the block that lies in memory at each turn: the visited one, and while none is
-    visited the one before, so that nothing is fetched for nothing.
+    `data_next` is the block that lies in memory at each turn: the visited one, or the last visited
+    one if this one is not, so that no block is fetched in vain.
     """
     index = jnp.where(visited, jax.lax.broadcasted_iota(jnp.int32, visited.shape, axis), -1)
     last = jax.lax.cummax(index, axis=axis)

@@ -1,7 +1,8 @@
-"""The three Triton kernels of segment attention; triton.py says what they are given and why.
+"""The three Triton kernels of segment attention; triton.py explains their inputs.
 
-Letters: x queries and y keys of a block, Q and K those of a row, D head size, G query heads of a
-key/value head. Scores in base 2: exp2 is the GPU's own exponential.
+A program sees one block of queries and one head, or one block of keys and the H/J query heads that
+share a key/value head (`shared`). `q_size` and `k_size` are the queries and keys of a block, Q and
+T those of a row. Scores are in base 2: exp2 is the GPU's own exponential.
 """
 
 import dataclasses
@@ -13,19 +14,20 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
-Ref = Any  # what Pallas hands to a kernel for an array
+Ref = Any  # an array in the kernel's memory: has a shape and a dtype
 
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
-# Where a query's maximum starts: above masked scores, whose weights are then exactly 0. Started at
-# _MASKED, exp2(score * scale - maximum) was infinite before a query's first visible key, since a
-# fused multiply-add does not round the product and 2**-24 of 1e37 is left.
+# A query's maximum starts here, above masked scores, so that their weights are exactly 0. When it
+# started at _MASKED, exp2(score * scale - maximum) was infinite before a query's first visible key:
+# a fused multiply-add does not round the product, and 2**-24 of 1e37 is left.
 _LOWEST = -0.5 * float(jnp.finfo(jnp.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Block of scores that a program holds at a time, and how Triton is to run it."""
+    """Queries and keys of the block of scores that a program holds, and Triton's options for it."""
 
     q: int
     k: int
@@ -33,26 +35,28 @@ class Tile:
     stages: int
 
 
-def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
-    """[m n] in float32. Float32 inputs stay so: Triton would cut them to 10 bits otherwise."""
+def _dot(
+    x: Float[Array, "rows inner"], y: Float[Array, "inner columns"]
+) -> Float32[Array, "rows columns"]:
+    """x @ y. Float32 inputs keep their precision: by default Triton cuts them to 10 bits."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return pltriton.dot(x, y, precision=precision)
 
 
-def _walk(bounds_ref: Any, heads: int, step: Callable, carry: Any) -> Any:
+def _walk(bounds_ref: Int32[Ref, "4"], heads: int, step: Callable, carry: Any) -> Any:
     """`step(masked, head, block, carry)` for each block between the bounds and each head.
 
-    One loop for blocks with a mask, whatever lies between, and one for those without.
+    One loop takes the blocks with a mask, before and behind those without; one takes the others.
     """
     first, stop, start, end = (bounds_ref[n] for n in range(4))
 
-    def masked(turn: jax.Array, carry: Any) -> Any:
+    def masked(turn: Int32[Array, ""], carry: Any) -> Any:
         head, turn = _split(turn, heads, stop - first - (end - start))
         block = first + turn
         block += jnp.where(block >= start, end - start, 0)
         return step(True, head, block, carry)
 
-    def unmasked(turn: jax.Array, carry: Any) -> Any:
+    def unmasked(turn: Int32[Array, ""], carry: Any) -> Any:
         head, turn = _split(turn, heads, end - start)
         return step(False, head, start + turn, carry)
 
@@ -60,40 +64,48 @@ def _walk(bounds_ref: Any, heads: int, step: Callable, carry: Any) -> Any:
     return jax.lax.fori_loop(0, heads * (end - start), unmasked, carry)
 
 
-def _split(turn: jax.Array, heads: int, blocks: jax.Array) -> tuple[Any, jax.Array]:
-    """Turn of all heads' blocks -> (head, its turn)."""
+def _split(
+    turn: Int32[Array, ""], heads: int, blocks: Int32[Array, ""]
+) -> tuple[Int32[Array, ""] | int, Int32[Array, ""]]:
+    """The head that a turn of the loop belongs to, and the turn among those of that head."""
     return (0, turn) if heads == 1 else (jax.lax.div(turn, blocks), jax.lax.rem(turn, blocks))
 
 
 def _visible(
-    ids_x: jax.Array, ids_y: jax.Array, place_x: jax.Array | None, place_y: jax.Array | None
-) -> jax.Array:
-    """Boolean [x y]; places None: both ways, else y is no later than x."""
-    mask = ids_x[:, None] == ids_y[None, :]
-    return mask if place_x is None else mask & (place_x[:, None] >= place_y[None, :])
+    q_ids: Int32[Array, " q_size"],
+    k_ids: Int32[Array, " k_size"],
+    q_place: Int32[Array, " q_size"] | None,
+    k_place: Int32[Array, " k_size"] | None,
+) -> Bool[Array, "q_size k_size"]:
+    """May this query see this key? With places only keys that are no later than the query."""
+    mask = q_ids[:, None] == k_ids[None, :]
+    return mask if q_place is None else mask & (q_place[:, None] >= k_place[None, :])
 
 
 def forward_kernel(
-    q_ref: Ref,  # [x D]
-    k_ref: Ref,  # [K D]
-    v_ref: Ref,  # [K D]
-    q_ids_ref: Ref,  # [x]
-    k_ids_ref: Ref,  # [K]
-    index_ref: Ref,  # [x]
-    bounds_ref: Ref,  # [4]
-    out_ref: Ref,  # [x D]
-    logsumexp_ref: Ref,  # [x]
+    q_ref: Float[Ref, "q_size K"],
+    k_ref: Float[Ref, "T K"],
+    v_ref: Float[Ref, "T K"],
+    q_ids_ref: Int32[Ref, " q_size"],
+    k_ids_ref: Int32[Ref, " T"],
+    index_ref: Int32[Ref, " q_size"] | None,
+    bounds_ref: Int32[Ref, "4"],
+    out_ref: Float[Ref, "q_size K"],
+    logsumexp_ref: Float32[Ref, " q_size"],
     *,
     scale: float,
     tile: Tile,
 ) -> None:
+    """Output and logsumexp of a block of queries."""
     q, q_ids = q_ref[...], q_ids_ref[...]
     q_place = None if index_ref is None else index_ref[...]
 
-    def step(masked: bool, head: Any, block: jax.Array, carry: tuple) -> tuple:
+    def step(
+        masked: bool, head: Int32[Array, ""] | int, block: Int32[Array, ""], carry: tuple
+    ) -> tuple:
         out, highest, total = carry
         keys = pl.ds(block * tile.k, tile.k)
-        scores = _dot(q, k_ref[keys, :].T)  # x y
+        scores = _dot(q, k_ref[keys, :].T)  # q_size k_size
         if masked:
             k_place = None if q_place is None else block * tile.k + jnp.arange(tile.k)
             mask = _visible(q_ids, k_ids_ref[keys], q_place, k_place)
@@ -118,29 +130,35 @@ def forward_kernel(
 
 
 def dq_kernel(
-    q_ref: Ref,  # [x D]
-    k_ref: Ref,  # [K D]
-    v_ref: Ref,  # [K D]
-    d_out_ref: Ref,  # [x D]
-    logsumexp_ref: Ref,  # [x]
-    delta_ref: Ref,  # [x]
-    q_ids_ref: Ref,  # [x]
-    k_ids_ref: Ref,  # [K]
-    index_ref: Ref,  # [x]
-    bounds_ref: Ref,  # [4]
-    dq_ref: Ref,  # [x D]
+    q_ref: Float[Ref, "q_size K"],
+    k_ref: Float[Ref, "T K"],
+    v_ref: Float[Ref, "T K"],
+    d_out_ref: Float[Ref, "q_size K"],
+    logsumexp_ref: Float32[Ref, " q_size"],
+    delta_ref: Float32[Ref, " q_size"],
+    q_ids_ref: Int32[Ref, " q_size"],
+    k_ids_ref: Int32[Ref, " T"],
+    index_ref: Int32[Ref, " q_size"] | None,
+    bounds_ref: Int32[Ref, "4"],
+    dq_ref: Float[Ref, "q_size K"],
     *,
     scale: float,
     tile: Tile,
 ) -> None:
+    """Gradient of a block of queries."""
     q, d_out, q_ids = q_ref[...], d_out_ref[...], q_ids_ref[...]
     logsumexp, delta = logsumexp_ref[...], delta_ref[...]
     q_place = None if index_ref is None else index_ref[...]
 
-    def step(masked: bool, head: Any, block: jax.Array, dq: jax.Array) -> jax.Array:
+    def step(
+        masked: bool,
+        head: Int32[Array, ""] | int,
+        block: Int32[Array, ""],
+        dq: Float32[Array, "q_size K"],
+    ) -> Float32[Array, "q_size K"]:
         keys = pl.ds(block * tile.k, tile.k)
         k, v = k_ref[keys, :], v_ref[keys, :]
-        scores = _dot(q, k.T)  # x y
+        scores = _dot(q, k.T)  # q_size k_size
         if masked:
             k_place = None if q_place is None else block * tile.k + jnp.arange(tile.k)
             mask = _visible(q_ids, k_ids_ref[keys], q_place, k_place)
@@ -154,31 +172,36 @@ def dq_kernel(
 
 
 def dkv_kernel(
-    q_ref: Ref,  # [Q G D]
-    k_ref: Ref,  # [y D]
-    v_ref: Ref,  # [y D]
-    d_out_ref: Ref,  # [Q G D]
-    logsumexp_ref: Ref,  # [G Q]
-    delta_ref: Ref,  # [G Q]
-    q_ids_ref: Ref,  # [Q]
-    k_ids_ref: Ref,  # [y]
-    index_ref: Ref,  # [Q]
-    bounds_ref: Ref,  # [4]
-    dk_ref: Ref,  # [y D]
-    dv_ref: Ref,  # [y D]
+    q_ref: Float[Ref, "Q shared K"],
+    k_ref: Float[Ref, "k_size K"],
+    v_ref: Float[Ref, "k_size K"],
+    d_out_ref: Float[Ref, "Q shared K"],
+    logsumexp_ref: Float32[Ref, "shared Q"],
+    delta_ref: Float32[Ref, "shared Q"],
+    q_ids_ref: Int32[Ref, " Q"],
+    k_ids_ref: Int32[Ref, " k_size"],
+    index_ref: Int32[Ref, " Q"] | None,
+    bounds_ref: Int32[Ref, "4"],
+    dk_ref: Float[Ref, "k_size K"],
+    dv_ref: Float[Ref, "k_size K"],
     *,
     scale: float,
     tile: Tile,
 ) -> None:
-    """Scores are held keys by queries, [y x], so that the weights feed the matmul as they lie."""
+    """Gradients of a block of keys and values.
+
+    Scores are held keys by queries, so that the weights go into the matmul without a transpose.
+    """
     k, v, k_ids = k_ref[...], v_ref[...], k_ids_ref[...]
     k_place = pl.program_id(0) * tile.k + jnp.arange(tile.k)
 
-    def step(masked: bool, head: Any, block: jax.Array, carry: tuple) -> tuple:
+    def step(
+        masked: bool, head: Int32[Array, ""] | int, block: Int32[Array, ""], carry: tuple
+    ) -> tuple:
         dk, dv = carry
         queries = pl.ds(block * tile.q, tile.q)
         q, d_out = q_ref[queries, head, :], d_out_ref[queries, head, :]
-        scores = _dot(k, q.T)  # y x
+        scores = _dot(k, q.T)  # k_size q_size
         if masked:
             mask = k_ids[:, None] == q_ids_ref[queries][None, :]
             if index_ref is not None:

@@ -4,9 +4,8 @@ One row, one block of queries and one block of keys at a time, so that the score
 6 rows of 576 with 8 heads of 64 take 18 ms on two CPU cores, where one batched product of all rows
 takes 49. Only the blocks that `visited_blocks` names are computed.
 
-Dimension letters: B rows, Q queries and K keys of a row, H heads, J key/value heads, D head size;
-M blocks of queries and N of keys, g = H/J heads that share keys, q and k places in a block. The
-queries of the g heads lie behind one another, so a key/value head needs one product, not g.
+H/J query heads share a key/value head. Their queries lie behind one another in a block, `stacked` =
+H/J * q_size of them, so a key/value head needs one product instead of H/J.
 """
 
 import functools
@@ -15,50 +14,53 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
 from ov2_jax.model.attention.blocks import Segments, visited_blocks
 
-# Below any real score, and, as the logsumexp of a query that sees nothing, above any: finite, so
-# that no difference of two of them is a NaN.
+# -_FAR is below every real score; _FAR, the logsumexp of a query that sees nothing, is above every
+# one. Finite, so that the difference of two of them is no NaN.
 _FAR = 1e30
 # Tokens of a block, at most.
 BLOCK = 192
-# Blocks are a multiple of this where rows are cut at all; the CPU's matmul works in such panels.
+# If a row is cut, its blocks are a multiple of this: the CPU's matmul works in such panels.
 _ALIGN = 32
 
 
 def attention(
-    q: jax.Array,  # [B Q H D]
-    k: jax.Array,  # [B K J D]
-    v: jax.Array,  # [B K J D]
+    q: Float[Array, "B Q H K"],
+    k: Float[Array, "B T J K"],
+    v: Float[Array, "B T J K"],
     segments: Segments,
     *,
     block_q: int = BLOCK,
     block_k: int = BLOCK,
-) -> jax.Array:
-    """Softmax attention inside segments, [B Q H D] in q's dtype; scores and softmax float32.
+) -> Float[Array, "B Q H K"]:
+    """Softmax attention inside segments, in q's dtype; scores and softmax in float32.
 
-    Rows longer than a block are cut into equal blocks of at most so many tokens. A query that sees
-    nothing (padding) gives zeros and passes no gradient. Output and logsumexp carry the checkpoint
-    name "attention", for a remat policy that saves them.
+    Longer rows are cut into equal blocks of at most `block_q` queries and `block_k` keys. A query
+    that sees nothing (padding) gives zeros and passes no gradient. Output and logsumexp carry the
+    checkpoint name "attention", for a remat policy that saves them.
     """
     return _attention(q, k, v, segments, block_q, block_k)
 
 
-def computed_scores(segments: Segments, *, block_q: int = BLOCK, block_k: int = BLOCK) -> jax.Array:
-    """How many scores `attention` computes for these rows in one head, int32 [B]."""
+def computed_scores(
+    segments: Segments, *, block_q: int = BLOCK, block_k: int = BLOCK
+) -> Int32[Array, " B"]:
+    """How many scores `attention` computes for each row in one head."""
     blocks = _Blocks.of(segments, block_q, block_k)
     return blocks.count.sum(-1) * (blocks.q_size * blocks.k_size)
 
 
 class _Blocks(NamedTuple):
-    """How rows are cut and which blocks of keys each block of queries visits."""
+    """How rows are cut, and which blocks of keys each block of queries visits."""
 
-    q_size: int
-    k_size: int
+    q_size: int  # queries of a block
+    k_size: int  # keys of a block
     segments: Segments  # padded to whole blocks
-    order: jax.Array  # int32 [B M N]: the visited blocks of keys first, ascending
-    count: jax.Array  # int32 [B M]: how many those are
+    order: Int32[Array, "B q_blocks k_blocks"]  # the visited blocks of keys first, ascending
+    count: Int32[Array, "B q_blocks"]  # visited blocks of keys
 
     @staticmethod
     def of(segments: Segments, block_q: int, block_k: int) -> "_Blocks":
@@ -74,39 +76,47 @@ class _Blocks(NamedTuple):
         order = jnp.argsort(~visited, axis=-1, stable=True).astype(jnp.int32)
         return _Blocks(q_size, k_size, padded, order, visited.sum(-1, dtype=jnp.int32))
 
-    def queries(self, x: jax.Array, groups: int) -> jax.Array:
-        """[B Q H ...] -> [B M J g*q ...]."""
+    def queries(
+        self, x: Float[Array, "B Q H *rest"], groups: int
+    ) -> Float[Array, "B q_blocks J stacked *rest"]:
+        """Queries, or values for each of them, in blocks; `groups` is J."""
         b, length, heads, *rest = x.shape
         x = _pad(x, 1, self.q_size).reshape(b, -1, self.q_size, groups, heads // groups, *rest)
-        x = jnp.moveaxis(x, 2, 4)  # B M J g q ...
+        x = jnp.moveaxis(x, 2, 4)  # B q_blocks J H/J q_size *rest
         return x.reshape(b, x.shape[1], groups, -1, *rest)
 
-    def from_queries(self, x: jax.Array, length: int) -> jax.Array:
-        """[B M J g*q D] -> [B Q H D]."""
+    def from_queries(
+        self, x: Float[Array, "B q_blocks J stacked K"], length: int
+    ) -> Float[Array, "B Q H K"]:
+        """The inverse of `queries`; `length` is Q."""
         b, blocks, groups, _, size = x.shape
         x = jnp.moveaxis(x.reshape(b, blocks, groups, -1, self.q_size, size), 4, 2)
         return x.reshape(b, blocks * self.q_size, -1, size)[:, :length]
 
-    def keys(self, x: jax.Array) -> jax.Array:
-        """[B K J D] -> [B N J k D]."""
+    def keys(self, x: Float[Array, "B T J K"]) -> Float[Array, "B k_blocks J k_size K"]:
+        """Keys or values in blocks."""
         b, _, heads, size = x.shape
         x = _pad(x, 1, self.k_size).reshape(b, -1, self.k_size, heads, size)
         return x.swapaxes(2, 3)
 
-    def from_keys(self, x: jax.Array, length: int) -> jax.Array:
-        """[B N J k D] -> [B K J D]."""
+    def from_keys(
+        self, x: Float[Array, "B k_blocks J k_size K"], length: int
+    ) -> Float[Array, "B T J K"]:
+        """The inverse of `keys`; `length` is T."""
         b, blocks, heads, _, size = x.shape
         return x.swapaxes(2, 3).reshape(b, blocks * self.k_size, heads, size)[:, :length]
 
-    def query_meta(self) -> tuple[jax.Array, jax.Array]:
-        """Segment [B M q] and place among the keys [M q] of each query."""
+    def query_meta(
+        self,
+    ) -> tuple[Int32[Array, "B q_blocks q_size"], Int32[Array, "q_blocks q_size"]]:
+        """Segment of each query, and its place among the keys."""
         ids, _, index = self.segments
         if index is None:  # every place is late enough
             index = jnp.full(ids.shape[1:], jnp.iinfo(jnp.int32).max, jnp.int32)
         return ids.reshape(ids.shape[0], -1, self.q_size), index.reshape(-1, self.q_size)
 
-    def key_ids(self) -> jax.Array:
-        """[B N k]."""
+    def key_ids(self) -> Int32[Array, "B k_blocks k_size"]:
+        """Segment of each key."""
         return self.segments.k_ids.reshape(self.segments.k_ids.shape[0], -1, self.k_size)
 
 
@@ -117,46 +127,60 @@ def _block_size(length: int, most: int) -> int:
     return min(most, -(-size // _ALIGN) * _ALIGN)
 
 
-def _pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+def _pad(x: Shaped[Array, "..."], axis: int, multiple: int) -> Shaped[Array, "..."]:
     missing = -x.shape[axis] % multiple
     return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
 
 
-def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+def _dot(equation: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float32[Array, "..."]:
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments, block_q: int, block_k: int
-) -> jax.Array:
+    q: Float[Array, "B Q H K"],
+    k: Float[Array, "B T J K"],
+    v: Float[Array, "B T J K"],
+    segments: Segments,
+    block_q: int,
+    block_k: int,
+) -> Float[Array, "B Q H K"]:
     return _forward(q, k, v, segments, block_q, block_k)[0]
 
 
 def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments, block_q: int, block_k: int
-) -> tuple[jax.Array, tuple]:
+    q: Float[Array, "B Q H K"],
+    k: Float[Array, "B T J K"],
+    v: Float[Array, "B T J K"],
+    segments: Segments,
+    block_q: int,
+    block_k: int,
+) -> tuple[Float[Array, "B Q H K"], tuple]:
     heads, size, groups = *q.shape[2:], k.shape[2]
     blocks = _Blocks.of(segments, block_q, block_k)
     scale, shared = size**-0.5, heads // groups
     q_ids, q_index = blocks.query_meta()
 
-    def one_row(row: tuple) -> tuple[jax.Array, jax.Array]:
+    def one_row(
+        row: tuple,
+    ) -> tuple[Float[Array, "q_blocks J stacked K"], Float32[Array, "q_blocks J stacked"]]:
         q, k, v, q_ids, k_ids, order, count = row
 
-        def one_block(block: tuple) -> tuple[jax.Array, jax.Array]:
+        def one_block(
+            block: tuple,
+        ) -> tuple[Float[Array, "J stacked K"], Float32[Array, "J stacked"]]:
             q, q_ids, q_index, order, count = block
 
-            def add_keys(n: jax.Array, carry: tuple) -> tuple:
+            def add_keys(n: Int32[Array, ""], carry: tuple) -> tuple:
                 out, top, total = carry
                 j = order[n]
-                seen = _seen(q_ids, q_index, k_ids[j], j * blocks.k_size)  # q k
-                scores = _dot("jqd,jkd->jqk", q, k[j]) * scale
+                seen = _seen(q_ids, q_index, k_ids[j], j * blocks.k_size)
+                scores = _dot("jqk,jtk->jqt", q, k[j]) * scale
                 scores = jnp.where(jnp.tile(seen, (shared, 1)), scores, -jnp.inf)
                 new_top = jnp.maximum(top, scores.max(-1))
                 weights = jnp.exp(scores - new_top[..., None])
                 keep = jnp.exp(top - new_top)
-                out = out * keep[..., None] + _dot("jqk,jkd->jqd", weights.astype(v.dtype), v[j])
+                out = out * keep[..., None] + _dot("jqt,jtk->jqk", weights.astype(v.dtype), v[j])
                 return out, new_top, total * keep + weights.sum(-1)
 
             carry = (
@@ -179,35 +203,43 @@ def _forward(
     return out, (q, k, v, segments, out, checkpoint_name(lse, "attention"))
 
 
-def _backward(block_q: int, block_k: int, saved: tuple, d_out: jax.Array) -> tuple:
+def _backward(
+    block_q: int, block_k: int, saved: tuple, d_out: Float[Array, "B Q H K"]
+) -> tuple[Float[Array, "B Q H K"], Float[Array, "B T J K"], Float[Array, "B T J K"], None]:
     q, k, v, segments, out, lse = saved
     heads, size, groups = *q.shape[2:], k.shape[2]
     blocks = _Blocks.of(segments, block_q, block_k)
     scale, shared = size**-0.5, heads // groups
     q_ids, q_index = blocks.query_meta()
-    # The softmax's gradient needs each query's sum of weight * d_weight, which is this.
+    # Each query's sum of weight * d_weight, which the gradient of the softmax needs.
     mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)  # B Q H
 
-    def one_row(row: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def one_row(
+        row: tuple,
+    ) -> tuple[
+        Float[Array, "q_blocks J stacked K"],
+        Float[Array, "k_blocks J k_size K"],
+        Float[Array, "k_blocks J k_size K"],
+    ]:
         k, v, k_ids, *of_queries = row
 
-        def one_block(carry: tuple, block: tuple) -> tuple[tuple, jax.Array]:
+        def one_block(carry: tuple, block: tuple) -> tuple[tuple, Float[Array, "J stacked K"]]:
             q, d_out, lse, mean, q_ids, q_index, order, count = block
 
-            # Scores lie as keys x queries: a product over queries with the transpose of queries x
-            # keys runs at half the speed on CPU, and two of the five are over queries.
-            def add_keys(n: jax.Array, carry: tuple) -> tuple:
+            # Scores are keys x queries: a product over queries with the transpose of queries x keys
+            # runs at half the speed on CPU, and two of the five products are over queries.
+            def add_keys(n: Int32[Array, ""], carry: tuple) -> tuple:
                 dq, dk, dv = carry
                 j = order[n]
-                seen = _seen(q_ids, q_index, k_ids[j], j * blocks.k_size).T  # k q
-                scores = _dot("jkd,jqd->jkq", k[j], q) * scale
+                seen = _seen(q_ids, q_index, k_ids[j], j * blocks.k_size).T  # k_size q_size
+                scores = _dot("jtk,jqk->jtq", k[j], q) * scale
                 scores = jnp.where(jnp.tile(seen, (1, shared)), scores, -jnp.inf)
                 weights = jnp.exp(scores - lse[:, None])
-                d_weights = _dot("jkd,jqd->jkq", v[j], d_out)
+                d_weights = _dot("jtk,jqk->jtq", v[j], d_out)
                 d_scores = (weights * (d_weights - mean[:, None])).astype(q.dtype)
-                dv = dv.at[j].add(_dot("jkq,jqd->jkd", weights.astype(d_out.dtype), d_out))
-                dk = dk.at[j].add(_dot("jkq,jqd->jkd", d_scores, q))
-                return dq + _dot("jdk,jkq->jdq", k[j].swapaxes(1, 2), d_scores), dk, dv
+                dv = dv.at[j].add(_dot("jtq,jqk->jtk", weights.astype(d_out.dtype), d_out))
+                dk = dk.at[j].add(_dot("jtq,jqk->jtk", d_scores, q))
+                return dq + _dot("jkt,jtq->jkq", k[j].swapaxes(1, 2), d_scores), dk, dv
 
             dq = jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
             dq, *carry = jax.lax.fori_loop(0, count, add_keys, (dq, *carry))
@@ -226,8 +258,13 @@ def _backward(block_q: int, block_k: int, saved: tuple, d_out: jax.Array) -> tup
     return dq, blocks.from_keys(dk, k.shape[1]), blocks.from_keys(dv, k.shape[1]), None
 
 
-def _seen(q_ids: jax.Array, q_index: jax.Array, k_ids: jax.Array, k_start: jax.Array) -> jax.Array:
-    """Boolean [q k]; as `visible`, for one block."""
+def _seen(
+    q_ids: Int32[Array, " q_size"],
+    q_index: Int32[Array, " q_size"],
+    k_ids: Int32[Array, " k_size"],
+    k_start: Int32[Array, ""],
+) -> Bool[Array, "q_size k_size"]:
+    """As `visible`, for one block; `k_start` is the place of the block's first key."""
     same = (q_ids[:, None] == k_ids) & (q_ids > 0)[:, None]
     return same & (q_index[:, None] >= k_start + jnp.arange(k_ids.shape[0]))
 

@@ -1,13 +1,13 @@
-"""Rematerialisation: what a layer keeps for the backward pass beside its input."""
+"""Rematerialisation: what a layer keeps for the backward pass in addition to its input."""
 
 from collections.abc import Callable
 
 import jax
 
-# The names are those of `checkpoint_name` in the encoder's and the decoder's layers; all else is
-# computed again. Gathered weights ("weights") are gathered again under every policy. "up" keeps
-# nothing of the encoder: a byte kept there, where layers are a fourth as wide, saves a fourth of
-# the FLOPs.
+# The names are those of `checkpoint_name` in the encoder's and the decoder's layers; everything
+# else is computed again. Gathered weights ("weights") are gathered again under every policy. "up"
+# keeps nothing of the encoder: its layers are a fourth as wide, so a byte kept there saves a fourth
+# of the FLOPs.
 SAVED: dict[str, tuple[str, ...]] = {
     "full": (),
     "attention": ("attention",),

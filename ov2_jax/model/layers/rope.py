@@ -1,18 +1,18 @@
 """Rotary position embeddings: (t, h, w) of the encoder, 1-D of the decoder. All float32."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Int
 
-Rope = tuple[jax.Array, jax.Array]  # cos, sin: float32 [... head_dim]
+Rope = tuple[Float32[Array, "*any K"], Float32[Array, "*any K"]]  # cos, sin
 
 
-def vision_rope(patch_positions: jax.Array, *, head_dim: int, theta: float) -> Rope:
-    """patch_positions int [... 3] of (t, h, w) -> cos, sin [... head_dim].
+def vision_rope(patch_positions: Int[Array, "*any 3"], *, head_dim: int, theta: float) -> Rope:
+    """The rotation of patches at positions (t, h, w).
 
-    Half the head's size of frequencies is split 4:6:6 between t, h and w; on each axis
-    freq_k = theta^(-k / size). The table repeats them, [f, f], while `rotate_neighbours` pairs
-    neighbours: a mix, but the one that the released weights were trained with.
+    There are K/2 frequencies, split 4:6:6 between t, h and w; on each axis
+    freq_k = theta^(-k / size). The table repeats them, [f, f], but `rotate_neighbours` pairs
+    neighbours: the two do not match, but the released weights were trained with this mix.
     """
     unit = head_dim // 2 // 16
     parts = []
@@ -24,8 +24,8 @@ def vision_rope(patch_positions: jax.Array, *, head_dim: int, theta: float) -> R
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate_neighbours(x: jax.Array, rope: Rope) -> jax.Array:
-    """x [... heads head_dim], (x0, x1) -> (-x1, x0) in every pair of neighbours."""
+def rotate_neighbours(x: Float[Array, "*any H K"], rope: Rope) -> Float[Array, "*any H K"]:
+    """Rotates every pair of neighbours: x * cos + (-x1, x0) * sin."""
     cos, sin = (t[..., None, :] for t in rope)
     z = x.astype(jnp.float32)
     pairs = z.reshape(*z.shape[:-1], -1, 2)
@@ -33,16 +33,16 @@ def rotate_neighbours(x: jax.Array, rope: Rope) -> jax.Array:
     return (z * cos + turned * sin).astype(x.dtype)
 
 
-def text_rope(positions: jax.Array, *, head_dim: int, theta: float) -> Rope:
-    """positions int [...] -> cos, sin [... head_dim], as in Qwen3."""
+def text_rope(positions: Int[Array, "*any"], *, head_dim: int, theta: float) -> Rope:
+    """The rotation of tokens at these positions, as in Qwen3."""
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
     half = positions[..., None].astype(jnp.float32) * (1 / np.float32(theta) ** exponent)
     angles = jnp.concatenate([half, half], -1)
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate_half(x: jax.Array, rope: Rope) -> jax.Array:
-    """x [... heads head_dim], the first half paired with the second."""
+def rotate_half(x: Float[Array, "*any H K"], rope: Rope) -> Float[Array, "*any H K"]:
+    """Rotates pairs of which one is in the first half of the head and one in the second."""
     cos, sin = (t[..., None, :] for t in rope)
     z = x.astype(jnp.float32)
     first, second = jnp.split(z, 2, -1)

@@ -1,8 +1,7 @@
 """Mixture of experts as in Qwen3-MoE: a float32 router, and experts as grouped matmuls.
 
-Dimension letters: B rows, L tokens, D width, E experts, X experts of a token, F an expert's width,
-T tokens of an expert group (a device's B*L, where it is alone), S = T*X slots (a token and one of
-its experts).
+`tokens` are the tokens of an expert group: B*L of a device, times the devices of the group. A slot
+is a token and one of its experts: S = tokens * X.
 """
 
 import functools
@@ -11,27 +10,31 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from ov2_jax.config.model import TextConfig
-from ov2_jax.model.layers.basic import Linear
+from ov2_jax.model.layers.linear import Linear
 from ov2_jax.model.moe.grouped import grouped_matmul
 from ov2_jax.sharding.exchange import axis_index, gather, scatter_sum
 
 
 class RouterLoad(NamedTuple):
-    """What a layer's router did with the real tokens; sums, so layers and devices add up."""
+    """How a router spread the real tokens over experts; sums, so layers and devices add up.
 
-    assigned: jax.Array  # float32 [E]: tokens that went to each expert
-    probability: jax.Array  # float32 [E]: sum of its softmax over tokens
-    tokens: jax.Array  # float32 []
+    Of one layer, or with leading axes such as N for all layers.
+    """
+
+    assigned: Float32[Array, "*any E"]  # tokens that went to each expert
+    probability: Float32[Array, "*any E"]  # sum of its softmax over tokens
+    tokens: Float32[Array, "*any"]
 
 
-def load_balancing_loss(load: RouterLoad) -> jax.Array:
-    """E * sum over experts of f_e P_e, a float32 scalar; X where the load is even.
+def load_balancing_loss(load: RouterLoad) -> Float32[Array, ""]:
+    """E * sum over experts of f_e P_e; it is X if the load is even.
 
     f_e: assignments to expert e / tokens, P_e: mean probability of e, both over the real tokens of
     all layers together, as in transformers' `load_balancing_loss_func` (the load-balancing loss of
-    the Switch Transformer, https://arxiv.org/abs/2101.03961). `load` may have any leading axes.
+    the Switch Transformer, https://arxiv.org/abs/2101.03961).
     """
     experts = load.assigned.shape[-1]
     assigned, probability = (x.reshape(-1, experts).sum(0) for x in load[:2])
@@ -39,8 +42,8 @@ def load_balancing_loss(load: RouterLoad) -> jax.Array:
     return experts * jnp.sum(assigned * probability) / tokens**2
 
 
-def load_metrics(load: RouterLoad) -> dict[str, jax.Array]:
-    """How evenly layers [N ...] use their experts: fullest over mean, and how many got nothing."""
+def load_metrics(load: RouterLoad) -> dict[str, Shaped[Array, ""]]:
+    """How evenly layers use their experts: fullest over mean, and how many got no token."""
     mean = load.assigned.mean(-1, keepdims=True)
     return {
         "moe/max_load": jnp.max(load.assigned / jnp.maximum(mean, 1e-9)),
@@ -49,8 +52,10 @@ def load_metrics(load: RouterLoad) -> dict[str, jax.Array]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _take(x: jax.Array, order: jax.Array, inverse: jax.Array, n: int) -> jax.Array:
-    """Rows of x [T D], each of them n times, in `order`, a permutation of T*n: [T*n D].
+def _take(
+    x: Float[Array, "tokens D"], order: Int[Array, " S"], inverse: Int[Array, " S"], n: int
+) -> Float[Array, "S D"]:
+    """Rows of x, each of them n times, in `order`, a permutation of S = tokens * n.
 
     The gradient is a gather by the inverse permutation and a sum over n. JAX's own would be a
     scatter-add, slow on a TPU and, in bfloat16, rounded at each of its additions.
@@ -59,11 +64,15 @@ def _take(x: jax.Array, order: jax.Array, inverse: jax.Array, n: int) -> jax.Arr
     return x[order // n]
 
 
-def _take_forward(x: jax.Array, order: jax.Array, inverse: jax.Array, n: int) -> tuple:
+def _take_forward(
+    x: Float[Array, "tokens D"], order: Int[Array, " S"], inverse: Int[Array, " S"], n: int
+) -> tuple[Float[Array, "S D"], Int[Array, " S"]]:
     return _take(x, order, inverse, n), inverse
 
 
-def _take_backward(n: int, inverse: jax.Array, gradient: jax.Array) -> tuple:
+def _take_backward(
+    n: int, inverse: Int[Array, " S"], gradient: Float[Array, "S D"]
+) -> tuple[Float[Array, "tokens D"], None, None]:
     return gradient[inverse].reshape(-1, n, gradient.shape[-1]).sum(1), None, None
 
 
@@ -71,7 +80,7 @@ _take.defvjp(_take_forward, _take_backward)
 
 
 class ExpertLinear(nnx.Module):
-    """One kernel an expert, [E in out]."""
+    """One kernel for each expert: [E I O]."""
 
     def __init__(self, experts: int, n_in: int, n_out: int, *, std: float, rngs: nnx.Rngs) -> None:
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (experts, n_in, n_out)))
@@ -89,12 +98,17 @@ class Experts(nnx.Module):
         self.up_proj = linear(width, hidden)
         self.down_proj = linear(hidden, width)
 
-    def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
-        """x [B L D], experts int [B L X] and their weights float32 [B L X] -> [B L D].
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        chosen: Int[Array, "B L X"],
+        weights: Float32[Array, "B L X"],
+    ) -> Float[Array, "B L D"]:
+        """The weighted sum of each token's chosen experts.
 
         Over the expert and tensor axes a device has a part of the experts, or of their hidden
-        units. It takes the tokens of all its group and gives back summands. For up to X devices
-        that moves fewer bytes than sending each token to its X experts, and needs no room for a
+        units. It takes the tokens of its whole group and gives back summands. For up to X devices
+        that moves fewer bytes than sending each token to its X experts, and needs no memory for a
         load that is not known beforehand: no token is ever dropped.
         """
         kernels = {
@@ -110,18 +124,20 @@ class Experts(nnx.Module):
 
 
 def mixture(
-    x: jax.Array,  # [T D]
-    chosen: jax.Array,  # int [T X]: one of the experts below, or another number: elsewhere
-    weights: jax.Array,  # float32 [T X]
+    x: Float[Array, "tokens D"],
+    chosen: Int[Array, "tokens X"],
+    weights: Float32[Array, "tokens X"],
     *,
-    gate_proj: jax.Array,  # [E D F]
-    up_proj: jax.Array,  # [E D F]
-    down_proj: jax.Array,  # [E F D]
-) -> jax.Array:
-    """Weighted sum of those of each token's experts that are here, [T D] in x's dtype.
+    gate_proj: Float[Array, "E D F"],
+    up_proj: Float[Array, "E D F"],
+    down_proj: Float[Array, "E F D"],
+) -> Float[Array, "tokens D"]:
+    """Weighted sum, in x's dtype, over each token's chosen experts, of those that this device has.
 
-    Slots are sorted by expert, so each expert's tokens are a run of rows and the three matmuls are
-    grouped ones over runs of any length: every token gets all its experts, whatever the load.
+    `chosen` counts from this device's first expert; a number outside 0 to E - 1 is an expert of
+    another device. Slots are sorted by expert, so each expert's tokens are a run of rows and the
+    three matmuls are grouped ones over runs of any length: every token gets all its experts under
+    any load.
     """
     experts = len(gate_proj)
     here = (chosen >= 0) & (chosen < experts)
@@ -129,18 +145,20 @@ def mixture(
     order = jnp.argsort(chosen, stable=True)  # S
     inverse = jnp.argsort(order)
     sizes = jnp.sum(chosen[:, None] == jnp.arange(experts), 0, dtype=jnp.int32)
-    # Rows behind the last group are whatever the kernels make of them, here and in the gradient.
+    # Rows behind the last group hold arbitrary values, here and in the gradient.
     ours = (jnp.arange(len(order)) < sizes.sum())[:, None]
     rows = jnp.where(ours, _take(x, order, inverse, weights.shape[-1]), 0)  # S D
     hidden = jax.nn.silu(grouped_matmul(rows, gate_proj, sizes))
     hidden = jnp.where(ours, hidden * grouped_matmul(rows, up_proj, sizes), 0)  # S F
     out = jnp.where(ours, grouped_matmul(hidden, down_proj, sizes), 0)
-    out = _take(out, inverse, order, 1).reshape(*weights.shape, -1).astype(jnp.float32)  # T X D
+    out = (
+        _take(out, inverse, order, 1).reshape(*weights.shape, -1).astype(jnp.float32)
+    )  # tokens X D
     return jnp.sum(out * weights[..., None], -2).astype(x.dtype)
 
 
 class MixtureOfExperts(nnx.Module):
-    """In place of a dense MLP: the router (`gate`) sends every token to X of E experts."""
+    """Replaces a dense MLP: the router (`gate`) sends every token to X of E experts."""
 
     def __init__(self, config: TextConfig, rngs: nnx.Rngs) -> None:
         self.per_token = config.num_experts_per_tok
@@ -154,10 +172,12 @@ class MixtureOfExperts(nnx.Module):
         )
         self.experts = Experts(config, rngs)
 
-    def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, RouterLoad]:
-        """x [B L D] -> [B L D], and the load of the tokens where `real` [B L] holds.
+    def __call__(
+        self, x: Float[Array, "B L D"], real: Bool[Array, "B L"]
+    ) -> tuple[Float[Array, "B L D"], RouterLoad]:
+        """The experts' output for every token, and the load of the `real` ones.
 
-        The router is float32 whatever x is: near a tie bfloat16 would choose other experts.
+        The router is float32 for every dtype of x: near a tie bfloat16 would choose other experts.
         """
         with jax.default_matmul_precision("highest"):
             probabilities = jax.nn.softmax(self.gate(x.astype(jnp.float32)))  # B L E

@@ -14,8 +14,9 @@ _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 def join() -> None:
     """Joins jax.distributed, before any other use of JAX.
 
-    By JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID where they are set, as `launch`
-    does; otherwise as JAX finds the others itself: Slurm, Open MPI, Cloud TPU. Raises ConfigError.
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name the others if they are set,
+    which `launch` does. Otherwise JAX finds them itself, under Slurm, Open MPI and on Cloud TPU.
+    Raises ConfigError.
     """
     given = [name for name in _VARIABLES if os.environ.get(name)]
     if "JAX_NUM_PROCESSES" not in given and "JAX_PROCESS_ID" not in given:
@@ -65,10 +66,10 @@ class StopSignal:
         self._asked = True
 
     def asked(self) -> bool:
-        """To be called at every step by every process."""
+        """Whether to stop after this step. Every process must call it at every step."""
         if self._alone:
             return self._asked
-        # Counted from this start on: asked for before the first call, JAX agrees on the number 1,
-        # and a run that resumes at step 5 would never come by it.
+        # Counted from this start on: if SIGTERM comes before the first call, JAX agrees on the
+        # number 1, which a run that resumes at step 5 would never reach.
         self._calls += 1
         return multihost_utils.reached_preemption_sync_point(self._calls)

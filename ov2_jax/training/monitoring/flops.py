@@ -1,26 +1,27 @@
 """Model FLOPs: what the model needs for the real tokens and patches, whatever is executed.
 
-Multiply-adds count 2. Forward, with n real tokens, P real patches, M merged tokens:
+A multiply-add is 2 FLOPs. Forward, with n real tokens, P real patches, M merged tokens:
   encoder  2 P (C p^2 D + N (4 D^2 + 2 D F))  +  sum over windows w of 4 N w^2 D
   merger   2 M ((m^2 D)^2 + m^2 D D')
   decoder  2 n (N (2 D' H K + 2 D' J K + 3 D' F') + D' V)  +  sum over samples s of 2 N s^2 H K
 (attention of a causal sample sees half of the square). In a mixture of E experts F' is the width of
 a token's own experts together, and its router adds 2 n N D' E. The backward pass costs one forward
-for gradients with respect to activations, wherever something before or in the part is trained, and
-one for gradients with respect to weights in a trained part: 3 forwards where everything is trained.
+pass for the gradients of activations, if the part or one before it is trained, and one for the
+gradients of weights, if the part is trained: 3 forward passes if everything is trained.
 """
 
 from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int32
 
 from ov2_jax.config.model import ModelConfig
-from ov2_jax.core.batch import Batch
+from ov2_jax.core.batch import Array, Batch
 
 
 class Work(NamedTuple):
-    """What is real in a batch: counts, and the sums of squares that attention costs."""
+    """Real tokens and patches of a batch, and the sums of squares that attention costs."""
 
     tokens: int
     patches: int
@@ -28,8 +29,8 @@ class Work(NamedTuple):
     squared_windows: int
 
 
-def _segments(ids: np.ndarray) -> tuple[int, int]:
-    """Segment ids [... length] -> (real elements, sum over segments of length squared)."""
+def _segments(ids: Int32[Array, "*rows length"]) -> tuple[int, int]:
+    """(real elements, sum over segments of length squared)."""
     rows = np.asarray(ids).reshape(-1, ids.shape[-1]).astype(np.int64)
     row_base = np.arange(rows.shape[0])[:, None] * (rows.max(initial=0) + 1)
     lengths = np.bincount((rows + row_base)[rows > 0])

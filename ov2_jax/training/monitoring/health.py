@@ -1,4 +1,4 @@
-"""Whether a run still moves: a heartbeat file of each process, and stacks of a step that hangs."""
+"""Whether a run makes progress: a heartbeat file of each process, and stacks of a hanging step."""
 
 import collections
 import faulthandler
@@ -12,7 +12,11 @@ import time
 
 from etils import epath
 
+from ov2_jax.core.files import write_file
+
 _SLOW = 10.0  # times the median step
+_LEAST_LIMIT = 60.0  # seconds
+_FIRST_LIMIT = 1800.0  # seconds, until there is a median: restoring and compiling may take them
 _BEAT_EVERY = 1.0  # seconds between two writes of the heartbeat, which may lie on a network
 
 
@@ -21,18 +25,15 @@ class Health:
 
     WORKDIR/heartbeat/process_00000.json is rewritten at most once a second: step (the newest one
     given to the devices), time (seconds since the epoch), step_seconds (since the step before),
-    host, pid. When a step takes ten times the median of the last 50, and `least` seconds, the
-    stacks of all threads go to WORKDIR/stacks/process_00000.txt. Until there is a median that
-    happens after `first` seconds, which restoring and compiling may take. faulthandler waits in a
-    thread of its own that needs no interpreter lock, so a step that hangs in C is seen too.
+    host, pid. If a step takes more than ten times the median of the last 50, and more than 60
+    seconds, the stacks of all threads are written to WORKDIR/stacks/process_00000.txt. Until there
+    is a median, the limit is 1800 seconds. faulthandler waits in a thread of its own that needs no
+    interpreter lock, so a step that hangs in C is noticed too.
     """
 
-    def __init__(
-        self, workdir: epath.Path, process: int, *, least: float = 60.0, first: float = 1800.0
-    ) -> None:
+    def __init__(self, workdir: epath.Path, process: int) -> None:
         self._heartbeat = workdir / "heartbeat" / f"process_{process:05d}.json"
         self._stacks = workdir / "stacks" / f"process_{process:05d}.txt"
-        self._least, self._first = least, first
         self._seconds: collections.deque[float] = collections.deque(maxlen=50)
         self._since = time.perf_counter()
         self._written = -math.inf
@@ -55,7 +56,7 @@ class Health:
             self._write()
 
     def beat(self, step: int) -> None:
-        """To be called once a step: the devices have `step`, and are through with all others."""
+        """Called once a step: the devices have `step`, and have finished all others."""
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         self._report(step, seconds)
@@ -74,13 +75,13 @@ class Health:
         self._watch()
 
     def _watch(self) -> None:
-        limit = self._first
+        limit = _FIRST_LIMIT
         if self._seconds:
-            limit = max(self._least, _SLOW * statistics.median(self._seconds))
+            limit = max(_LEAST_LIMIT, _SLOW * statistics.median(self._seconds))
         faulthandler.dump_traceback_later(limit, file=self._file)
 
     def _report(self, step: int, seconds: float) -> None:
-        """If stacks were dumped on the way to this step, says so beside them and on stderr."""
+        """If stacks were dumped before this step, notes that below them and on stderr."""
         self._file.seek(0, os.SEEK_END)
         if self._file.tell() == self._size:
             return
@@ -88,11 +89,9 @@ class Health:
         self._file.flush()
         self._size = self._file.tell()
         print(
-            f"Step {step} came after {seconds:.1f} s; what the threads did is in {self._stacks}.",
+            f"Step {step} came after {seconds:.1f} s; the threads' stacks are in {self._stacks}.",
             file=sys.stderr,
         )
 
     def _write(self) -> None:
-        part = self._heartbeat.with_name(self._heartbeat.name + ".part")
-        part.write_text(json.dumps(self._beat))
-        part.replace(self._heartbeat)
+        write_file(self._heartbeat, json.dumps(self._beat).encode())

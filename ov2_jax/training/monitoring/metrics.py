@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, the progress bar, Weights & Biases."""
+"""Writes a run's metrics: metrics.jsonl, TensorBoard, the progress bar, Weights & Biases."""
 
 import json
 import math
@@ -18,11 +18,13 @@ from rich.progress import (
 )
 from tensorboardX import SummaryWriter
 
-_WAIT_SHOWN = 0.05  # share of the time; less is not worth a place in the bar
+from ov2_jax.core.files import write_file
+
+_WAIT_SHOWN = 0.05  # share of the time; a smaller one is not worth a place in the bar
 
 
 def _keep_until(path: epath.Path, step: int) -> None:
-    """Drops lines behind `step`, which a resumed run will write again, and a torn last line."""
+    """Drops lines after `step`, which a resumed run will write again, and a torn last line."""
     if not path.exists():
         return
     kept = []
@@ -32,9 +34,7 @@ def _keep_until(path: epath.Path, step: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
             continue
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(kept))
-    part.replace(path)
+    write_file(path, "".join(kept).encode())
 
 
 def json_line(values: Mapping[str, Any]) -> str:
@@ -45,7 +45,7 @@ def json_line(values: Mapping[str, Any]) -> str:
 
 
 class MetricWriter:
-    """Writes a step's metrics everywhere; only the first process has one that writes."""
+    """Writes a step's metrics everywhere; only that of the first process is `active`."""
 
     def __init__(
         self,
@@ -99,8 +99,8 @@ class MetricWriter:
         if self._wandb is not None:
             self._wandb.finish()
 
-    def say(self, sentence: str) -> None:
-        """A line for people, above the bar."""
+    def note(self, sentence: str) -> None:
+        """Prints a line for people, above the bar."""
         if self._active:
             self._console.print(sentence, highlight=False)
 

@@ -7,7 +7,7 @@ from etils import epath
 
 
 class Profiler:
-    """Writes WORKDIR/profile while the steps of `profile_steps` run; does nothing for ()."""
+    """Traces the steps (first, last) of `profile_steps` into WORKDIR/profile; () traces none."""
 
     def __init__(self, workdir: epath.Path, profile_steps: tuple[int, ...]) -> None:
         self._folder = workdir / "profile"
@@ -21,7 +21,7 @@ class Profiler:
             self._tracing = True
 
     def after(self, step: int, result: Any) -> None:
-        """Called when it was started; `result` is what it makes."""
+        """Called once the step was started; `result` has its arrays."""
         if self._tracing and step == self._last:
             jax.block_until_ready(result)
             self._stop()

@@ -1,4 +1,4 @@
-"""Turns a step's device metrics and host counts into numbers."""
+"""Computes the metrics of a step from what the devices return and what the host counts."""
 
 import collections
 import math
@@ -10,18 +10,19 @@ from etils import epath
 
 from ov2_jax.config.experiment import Experiment
 from ov2_jax.core.errors import UserError
-from ov2_jax.data.loader.loader import StepInfo
+from ov2_jax.core.files import write_file
+from ov2_jax.data.loader.step import StepInfo
 from ov2_jax.training.monitoring.flops import Work, train_flops
 from ov2_jax.training.monitoring.metrics import MetricWriter, json_line
 from ov2_jax.training.state import Metrics
 
 
 class TrainingError(UserError):
-    """A run that must not go on; its last checkpoint is whole."""
+    """A run that diverged and must stop; its last checkpoint is whole."""
 
 
 def _counts(info: StepInfo) -> dict[str, float]:
-    """Of this process: samples and filled slots of the step, samples set aside since the start."""
+    """Of this process: samples and utilisation of the step, and counts since the start."""
     classes = zip(info.class_patches, info.class_slots, strict=True)
     return {
         "samples": info.samples,
@@ -30,14 +31,14 @@ def _counts(info: StepInfo) -> dict[str, float]:
         **{f"utilisation/patches_class_{k}": n / slots for k, (n, slots) in enumerate(classes)},
         "data/seen": info.seen,
         "data/rejected": info.rejected,
-        "data/truncated": info.truncated,
+        "data/dropped_rounds": info.dropped_rounds,
         "data/uniform_fallbacks": info.uniform_fallbacks,
         **_shares(info),
     }
 
 
 def _shares(info: StepInfo) -> dict[str, float]:
-    """Realised shares of samples and tokens since the start, where there are several data sets."""
+    """Realised shares of samples and tokens since the start, if there are several data sets."""
     if len(info.mixture) < 2:
         return {}
     samples = max(1, sum(n for _, n, _ in info.mixture))
@@ -50,15 +51,15 @@ def _shares(info: StepInfo) -> dict[str, float]:
 
 
 def _when_ready(metrics: Metrics) -> float:
-    """Waits until the devices are through with a step; returns the time."""
+    """Waits until the devices have finished a step; returns the time."""
     jax.block_until_ready(metrics)
     return time.perf_counter()
 
 
 class Reporter:
-    """Turns a step's device metrics and host counts into numbers, one step behind the devices.
+    """Reports steps, one step behind the devices, so that it never waits for them.
 
-    `watcher` runs one thread, which notes when the devices are through with a step.
+    `watcher` runs one thread, which notes when the devices have finished a step.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Reporter:
         self._writer = writer
         self._workdir = workdir
         self._watcher = watcher
-        self._idle_from: Future[float] | None = None  # when the newest step was through
+        self._idle_from: Future[float] | None = None  # when the newest step was finished
         self._idle = 0.0  # seconds since the last report
         self._pending: tuple[int, Metrics, StepInfo, Work] | None = None
         self._since, self._started = time.perf_counter(), False
@@ -88,8 +89,8 @@ class Reporter:
     ) -> None:
         """Takes a step that was just started, and reports the one before it.
 
-        `waited`: from when to when the host waited for the step's batch. That keeps the devices
-        waiting only from when they are through with the step before.
+        `waited`: the start and the end of the host's wait for the step's batch. The devices wait
+        for it only after they have finished the step before.
         """
         start, end = waited
         if self._idle_from is not None:
@@ -112,7 +113,7 @@ class Reporter:
         self._started, self._idle = True, 0.0
         span, idle, tokens, patches = map(sum, zip((0.0,) * 4, *self._window, strict=True))
         span = span or math.inf
-        # Windows and samples are known on the host, which sees its own share of them only.
+        # Only the host counts windows and samples, and it sees only its own share of them.
         share = work.tokens / max(1, values["tokens"])
         flops = train_flops(self._experiment.model, work, self._experiment.optimizer.train)
         values |= {
@@ -132,8 +133,8 @@ class Reporter:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step_{step}_process_{jax.process_index()}.json"
         report = {"step": step, "sample_ids": info.sample_ids, **values}
-        path.write_text(json_line(report))
-        self._writer.say(f"Step {step} was not finite and was skipped; its samples: {path}")
+        write_file(path, json_line(report).encode())
+        self._writer.note(f"Step {step} was not finite and was skipped; its samples: {path}")
         if values["skipped_in_a_row"] >= self._experiment.max_skipped_in_a_row:
             raise TrainingError(
                 f"{int(values['skipped_in_a_row'])} steps in a row had a loss or gradient that is "

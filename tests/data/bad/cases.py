@@ -1,8 +1,8 @@
 """Damaged and odd inputs: what a case is, and the child process that reads them one by one.
 
-`python -m tests.bad_data FOLDER START` reads the cases of FOLDER/cases.json from number START on
-and prints an outcome a line. A case that hangs ends the process with a traceback, one that crashes
-ends it as well; the tests then go on behind it and know which one it was.
+`python -m tests.data.bad.cases FOLDER START` reads the cases of FOLDER/cases.json from number START
+on and prints an outcome a line. A case that hangs ends the process with a traceback, and one that
+crashes ends it as well; the tests then continue with the next case and name the one that failed.
 """
 
 import faulthandler
@@ -61,14 +61,14 @@ def flip(data: bytes, seed: int, first: float = 0.0, last: float = 1.0, bits: in
 
 
 def make_encoder() -> Any:
-    from ov2_jax.data.encoding.encode import SampleEncoder
+    from ov2_jax.data.encoding.sample_encoder import SampleEncoder
     from tests.tiny import tiny_model, tokenizer
 
     return SampleEncoder(config(()), tiny_model(), tokenizer(), pack())
 
 
 def config(sources: tuple[Any, ...], **changes: Any) -> Any:
-    from ov2_jax.data.encoding.codec import CodecConfig
+    from ov2_jax.config.codec import CodecConfig
     from tests.tiny import data_config
 
     codec = CodecConfig(

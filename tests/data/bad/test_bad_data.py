@@ -1,5 +1,5 @@
-"""Several hundred damaged inputs: each is set aside for its reason or read rightly, none hangs or
-ends a process, none takes much memory, and none touches the samples beside it."""
+"""Several hundred damaged inputs: each is rejected for its reason or read correctly. None hangs or
+ends a process, takes much memory, or changes the samples around it."""
 
 import json
 import subprocess
@@ -58,7 +58,7 @@ def outcomes(corpus) -> list[dict[str, Any]]:
     folder, cases, _ = corpus
     results: list[dict[str, Any]] = []
     while len(results) < len(cases):
-        command = [sys.executable, "-m", "tests.bad_data", str(folder), str(len(results))]
+        command = [sys.executable, "-m", bad_data.__name__, str(folder), str(len(results))]
         done = subprocess.run(
             command, cwd=REPOSITORY, capture_output=True, text=True, errors="replace", timeout=300
         )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ov2_jax.core.errors import DataError
-from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.encoding.sample_encoder import SampleEncoder
 from ov2_jax.data.encoding.tokenizer import load_tokenizer, token_ids
 from ov2_jax.data.rejected import SampleError
 from ov2_jax.data.sources.records import Record
@@ -183,7 +183,5 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
         load_tokenizer(tmp_path, tiny_model())
     other = tiny_model()
     object.__setattr__(other, "image_token_id", 7)
-    with pytest.raises(
-        DataError, match=r"id of <\|image_pad\|> is 5 but the model's config says 7"
-    ):
+    with pytest.raises(DataError, match=r"id of <\|image_pad\|> is 5 but the model's config has 7"):
         load_tokenizer(PROCESSOR / "tokenizer", other)

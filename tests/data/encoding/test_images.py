@@ -113,8 +113,8 @@ def test_unreadable_files_say_why(tmp_path):
         ("none.jpg", "missing_file", "there is no picture"),
         (".", "missing_file", "there is no picture"),
         ("cut.jpg", "bad_image", "truncated"),
-        ("text.png", "bad_image", "no picture that Pillow knows"),
-        ("empty.png", "bad_image", "no picture that Pillow knows"),
+        ("text.png", "bad_image", "no picture that Pillow can read"),
+        ("empty.png", "bad_image", "no picture that Pillow can read"),
         ("deep.png", "bad_image", "convert it to 8 bits"),
     ):
         with pytest.raises(SampleError, match=words) as error:

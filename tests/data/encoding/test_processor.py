@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.encoding.sample_encoder import SampleEncoder
 from ov2_jax.data.encoding.video import Clip
 from ov2_jax.model.normalize import normalize_patches
 from tests.tiny import PROCESSOR, data_config, tiny_model, tokenizer
@@ -16,10 +16,14 @@ INPUTS = load_file(PROCESSOR / "inputs.safetensors")
 EXPECTED = load_file(PROCESSOR / "expected.safetensors")
 
 
-def encode(sample: dict, **options):
+def encode(sample: dict, *, frame_form: str = "training", whole_text: bool = False):
     key, settings = sample["key"], sample["settings"]
     encoder = SampleEncoder(
-        data_config(min_pixels=settings["min_pixels"], max_pixels=settings["max_pixels"]),
+        data_config(
+            min_pixels=settings["min_pixels"],
+            max_pixels=settings["max_pixels"],
+            frame_form=frame_form,
+        ),
         tiny_model(settings["patch"], settings["merge"]),
         tokenizer(),
     )
@@ -37,7 +41,7 @@ def encode(sample: dict, **options):
     if sample["frames"]:
         n = sample["frames"]
         clips = [Clip(tuple(INPUTS[f"{key}.frames"]), tuple(range(n)), tuple(map(float, range(n))))]
-    return encoder.encode_prompt(messages, images, clips, **options)
+    return encoder.encode_prompt(messages, images, clips, whole_text=whole_text)
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=[s["key"] for s in SAMPLES])

@@ -7,11 +7,11 @@ import av
 import numpy as np
 import pytest
 
-from ov2_jax.data.encoding.video import Sampling, read_clip, select_frames
+from ov2_jax.data.encoding.video import FrameSampling, read_clip, select_frames
 from ov2_jax.data.rejected import SampleError
 from tests.data.files import clip
 
-DEFAULT = Sampling(None, None, 384)
+DEFAULT = FrameSampling(None, None, 384)
 
 
 def read(path, sampling=DEFAULT, *, timeout_s=20.0, fps=None, target_size=lambda n, h, w: (h, w)):
@@ -61,8 +61,8 @@ def test_frame_choice_of_long_clips_follows_torch_float32(available, wanted, ind
 
 def test_counts_by_duration_number_or_rate():
     assert [DEFAULT.count(s) for s in (0.1, 9.99, 10, 29.9, 30, 4000)] == [8, 8, 16, 16, 384, 384]
-    assert Sampling(5, None, 384).count(100) == 5
-    fps = Sampling(None, 2.0, 30)
+    assert FrameSampling(5, None, 384).count(100) == 5
+    fps = FrameSampling(None, 2.0, 30)
     assert [fps.count(s) for s in (0.2, 3.7, 14.9, 1000)] == [1, 7, 29, 30]
 
 
@@ -70,18 +70,18 @@ def test_counts_by_duration_number_or_rate():
 def test_frames_numbers_and_seconds(tmp_path, codec, name):
     """WebM states no number of frames: its packets are counted."""
     path = str(clip(tmp_path / name, 30, 10, codec))
-    got = read(path, Sampling(4, None, 384))
+    got = read(path, FrameSampling(4, None, 384))
     assert got.frame_numbers == (0, 10, 19, 29)
     assert numbers_seen(got.frames) == [0, 10, 19, 29]
     assert got.seconds == pytest.approx((0, 1.0, 1.9, 2.9))
     assert got.frames[0].shape == (48, 64, 3)
-    small = read(path, Sampling(1, None, 384), target_size=lambda n, h, w: (28, 56))
+    small = read(path, FrameSampling(1, None, 384), target_size=lambda n, h, w: (28, 56))
     assert small.frames[0].shape == (28, 56, 3) and small.frames[0].dtype == np.uint8
 
 
 def test_a_stated_rate_replaces_the_containers(tmp_path):
     path = str(clip(tmp_path / "a.mp4", 30, 10))
-    got = read(path, Sampling(None, 1.0, 384), fps=2.0)
+    got = read(path, FrameSampling(None, 1.0, 384), fps=2.0)
     assert len(got.frames) == 15  # 30 frames at 2 a second are 15 s
     assert got.seconds[-1] == 14.5
 
@@ -125,7 +125,7 @@ def cut_clip(path, share: float) -> str:
 
 def test_a_clip_that_lacks_a_few_frames_is_sampled_from_what_is_there(tmp_path):
     path = cut_clip(tmp_path / "a.mp4", 0.97)
-    got = read(path, Sampling(3, None, 384))
+    got = read(path, FrameSampling(3, None, 384))
     assert len(got.frames) == 3
     assert got.frame_numbers[0] == 0 and 56 <= got.frame_numbers[-1] <= 58
 
@@ -133,7 +133,7 @@ def test_a_clip_that_lacks_a_few_frames_is_sampled_from_what_is_there(tmp_path):
 def test_a_clip_that_ends_early_is_refused(tmp_path):
     path = cut_clip(tmp_path / "a.mp4", 0.9)
     with pytest.raises(SampleError, match="only 5. of 60 frames"):
-        read(path, Sampling(3, None, 384))
+        read(path, FrameSampling(3, None, 384))
 
 
 def test_the_time_limit_holds_in_a_thread(tmp_path):

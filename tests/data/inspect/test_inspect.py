@@ -1,16 +1,11 @@
-"""The report page: what it says and shows is what the loader's batches hold."""
+"""The page shows what the loader's batches hold, and why samples were rejected."""
 
-import base64
 import dataclasses
-import html.parser
-import io
-import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,148 +13,32 @@ from rich.console import Console
 
 from ov2_jax.config.data import SourceConfig
 from ov2_jax.config.experiment import Experiment
-from ov2_jax.config.pack import PackConfig
 from ov2_jax.core.batch import IGNORE
 from ov2_jax.data.encoding import images as images_lib
-from ov2_jax.data.encoding.codec import CodecConfig, read_codec_clip
-from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.encoding.codec import read_codec_clip
 from ov2_jax.data.inspect.inspect import InspectError, check_out, inspect_data, write_page
 from ov2_jax.data.inspect.media import data_uri, sample_kind, unpatchify, window_kind
 from ov2_jax.data.inspect.page import histogram
 from ov2_jax.data.loader.loader import make_loader
-from ov2_jax.data.prepare.prepare import prepare
-from ov2_jax.data.prepare.work import Job, Processes
+from ov2_jax.data.prepare.job import PrepareJob
+from ov2_jax.data.prepare.run import prepare
+from ov2_jax.data.prepare.runners import ProcessRunner
 from ov2_jax.data.sample import EncodedSample
-from ov2_jax.data.sources.index import RecordSource
-from ov2_jax.quickstart.dataset import write_dataset
 from tests.data.files import chat, picture
 from tests.data.files import write_jsonl as jsonl
-from tests.data.inspect.browser import chromium, needs_chromium
-from tests.programs import PATIENCE, REPOSITORY
-from tests.tiny import PROCESSOR, data_config, tiny_model, tokenizer
-
-HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>&amp;"
-PACK = PackConfig(rows=2, seq_len=1024, vision_rows=((12, 64), (6, 448)))
-CODEC = CodecConfig(
-    num_sampled_frames=36, group_size=8, images_per_group=3, max_pixels=14 * 14 * 96
+from tests.data.inspect.pages import (
+    CODEC,
+    HOSTILE,
+    PACK,
+    Reader,
+    encoded,
+    experiment,
+    moving,
+    pixels,
+    report,
 )
-
-
-def moving(path: Path, frames: int = 48) -> Path:
-    """A square that crosses a textured picture: some blocks cost, most do not."""
-    still = np.random.default_rng(1).integers(90, 160, (14, 20, 3), np.uint8)
-    still = np.asarray(Image.fromarray(still).resize((160, 112), Image.Resampling.BICUBIC))
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=12, options={"threads": "1"})
-        stream.width, stream.height, stream.pix_fmt = 160, 112, "yuv420p"
-        for i in range(frames):
-            pixels = still.copy()
-            pixels[40:72, 2 * i : 2 * i + 32] = (230, 40 + 3 * i, 30)
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
-
-
-def experiment(*sources: SourceConfig, pack: PackConfig = PACK, **changes) -> Experiment:
-    changes = {"max_pixels": 28 * 28 * 96, "num_frames": 6, "codec": CODEC, **changes}
-    return Experiment(
-        workdir="unused",
-        model=tiny_model(),
-        data=data_config(sources=sources, lookahead=16, **changes),
-        pack=pack,
-        steps=1,
-        global_rows=pack.rows,
-        tokenizer=str(PROCESSOR / "tokenizer"),
-        seed=3,
-    )
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Experiment:
-    folder = tmp_path_factory.mktemp("corpus")
-    quickstart = write_dataset(folder / "quickstart", train=60, heldout=7, workers=1)
-    moving(folder / "moving.mp4")
-    picture(folder / "large.png", 252, 280)
-    own = [
-        {"id": "codec", "task": "see", "video": "moving.mp4",
-         "messages": chat("<video>\nWhat moves?", "A square.")},
-        {"id": "hostile", "task": HOSTILE, "messages": chat(f"Repeat: {HOSTILE}", HOSTILE)},
-        {"id": "two", "images": ["large.png", "large.png"],
-         "messages": chat("<image>\n<image>\nSame?", "Yes.", "Überall?", "Ja, «überall» 你好.")},
-        '{"id": "cut", "messages": [',
-        {"id": "mute", "messages": chat("Well?", " ")},
-    ]  # fmt: skip
-    jsonl(folder / "own.jsonl", own)
-    return experiment(
-        SourceConfig(str(quickstart.train_jsonl), name="quickstart"),
-        SourceConfig(str(folder / "own.jsonl"), video="codec", epochs=2),
-    )
-
-
-@pytest.fixture(scope="module")
-def page(corpus) -> str:
-    return inspect_data(corpus, tokenizer(), count=1000, samples=30, title="tests")
-
-
-class Sample:
-    def __init__(self) -> None:
-        self.text, self.pieces, self.uris = "", [], []
-
-
-class Reader(html.parser.HTMLParser):
-    """The DOM as far as the tests need it."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.samples: dict[int, Sample] = {}
-        self.scripts, self.links, self.tags = [], [], []
-        self._stack: list[tuple[str, dict]] = []
-        self.reasons: dict[str, list[str]] = {}
-        self._sample, self._reason = None, None
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        self.tags.append((tag, attrs))
-        name = attrs.get("id", "")
-        if name.startswith("sample-"):
-            self._sample = self.samples[int(name[7:])] = Sample()
-        if name.startswith("reason-"):
-            self._sample, self._reason = None, self.reasons.setdefault(name[7:], [])
-        if tag == "img" and self._sample and "src" in attrs:
-            self._sample.uris.append((attrs["src"], int(attrs["data-t"])))
-        for key in ("src", "href"):
-            if key in attrs:
-                self.links.append(attrs[key])
-        if tag == "script":
-            self.scripts.append("")
-        if tag not in ("img", "meta", "link", "input"):
-            self._stack.append((tag, attrs))
-
-    def handle_endtag(self, tag):
-        while self._stack and self._stack.pop()[0] != tag:
-            pass
-
-    def handle_data(self, data):
-        within = [attrs.get("class") for _, attrs in self._stack]
-        if self._stack and self._stack[-1][0] == "script":
-            self.scripts[-1] += data
-        if "seen" in within:
-            look = within[within.index("seen") + 1]
-            self._sample.pieces.append((look, data))
-        if self._reason is not None and self._stack[-1][0] in ("td", "code"):
-            self._reason.append(data)
-
-
-def report(page: str) -> dict:
-    return json.loads(Reader(page).scripts[0])
-
-
-def pixels(uri: str) -> np.ndarray:
-    head, data = uri.split(",")
-    assert head in ("data:image/png;base64", "data:image/jpeg;base64")
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"), np.int16)
+from tests.programs import PATIENCE, REPOSITORY
+from tests.tiny import tiny_model, tokenizer
 
 
 def batches(corpus: Experiment, folder: Path, steps: int):
@@ -178,13 +57,6 @@ def batches(corpus: Experiment, folder: Path, steps: int):
         loader.close()
 
 
-def encoded(corpus: Experiment) -> dict:
-    encoder = SampleEncoder(corpus.data, corpus.model, tokenizer(), seed=corpus.seed)
-    records = RecordSource(corpus.data.sources)
-    samples = [encoder(records[i]) for i in range(len(records))]
-    return {sample.id: sample for sample in samples}
-
-
 def test_rows_are_the_loaders_batches(corpus, page, tmp_path):
     check_rows(corpus, page, tmp_path)
 
@@ -192,10 +64,10 @@ def test_rows_are_the_loaders_batches(corpus, page, tmp_path):
 @pytest.mark.parametrize("packed", [False, True])
 def test_rows_are_those_of_the_plan(corpus, page, tmp_path, packed):
     out = tmp_path / "plan"
-    job = Job(
+    job = PrepareJob(
         corpus.data, corpus.pack, corpus.model, corpus.tokenizer, seed=corpus.seed, out=str(out)
     )
-    prepare(job, Processes(1), packed_shards=packed, console=Console(quiet=True))
+    prepare(job, ProcessRunner(1), packed_shards=packed, console=Console(quiet=True))
     data = dataclasses.replace(corpus.data, plan=str(out))
     planned = dataclasses.replace(corpus, data=data)
     got = inspect_data(planned, tokenizer(), count=1000, samples=2)
@@ -250,7 +122,7 @@ def test_every_data_set_task_and_kind_is_shown(page):
     kinds = {s["kind"] for s in data["samples"]}
     assert kinds == {"text", "picture", "pictures", "clip", "codec clip"}
     names = [(data["samples"][n]["file"], data["samples"][n]["line"]) for n in shown]
-    assert len(set(names)) == len(names), "a second epoch's samples are not shown again"
+    assert len(set(names)) == len(names), "samples of a second epoch are not shown again"
 
 
 def test_text_is_exact_and_its_loss_is_marked(corpus, page):
@@ -376,12 +248,12 @@ def test_statistics(page, corpus):
     assert sum(counts.values()) == len(data["samples"])
 
 
-def test_samples_set_aside_are_listed(page):
+def test_rejected_samples_are_listed(page):
     reasons = Reader(page).reasons
     assert set(reasons) == {
         "missing_file", "bad_image", "placeholder_mismatch", "bad_json", "empty_answer"
     }  # fmt: skip
-    # A title, and three cells for each sample; `own` is read twice, its bad samples are not.
+    # A title, and three cells for each sample. `own` is read twice, but each is listed once.
     assert [len(cells) - 1 for cells in reasons.values()] == [2 * 3, 3, 3, 3, 3]
     _, sample, why, where = reasons["empty_answer"]
     assert sample == "mute" and "no text" in why and where.endswith("own.jsonl, line 5")
@@ -517,102 +389,3 @@ def test_the_program(corpus, tmp_path):
     assert absent.returncode == 1
     assert absent.stderr.startswith("ConfigError: The file that --config names cannot be loaded")
     assert out.read_text() == page, "a failed run leaves the page of the one before"
-
-
-# --- in a browser ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tab(page, tmp_path_factory):
-    path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(page)
-    with chromium() as tab:
-        tab.open(path.as_uri())
-        tab.wait("[...document.querySelectorAll('.codec')].every((c) => c.dataset.drawn)")
-        yield tab
-
-
-@needs_chromium
-def test_page_loads_alone(tab):
-    assert tab.errors == []
-    outside = [url for url in tab.requests if not url.startswith(("file:", "data:", "about:"))]
-    assert outside == [] and sum(url.startswith("file:") for url in tab.requests) == 1
-    assert tab.run("window.hacked === undefined")
-    assert tab.run("[...document.images].every((i) => i.closest('dialog') || i.naturalWidth > 0)")
-
-
-@needs_chromium
-def test_bars_are_drawn_and_packs_turn(tab, page):
-    data = report(page)
-    for pack in (1, 0):
-        step = "pack-next" if pack else "pack-back"
-        tab.run(f"document.getElementById('{step}').click()")
-        p = data["packs"][pack]
-        count = "document.querySelectorAll('#%s %s').length"
-        assert tab.run(count % ("text-rows", "a")) == sum(map(len, p["rows"]))
-        assert tab.run(count % ("vision-rows", "a")) == sum(len(r) for c in p["vision"] for r in c)
-        assert tab.run(count % ("overview", "g")) == len(data["packs"])
-        n = p["rows"][0][0][0]
-        box = f"document.querySelector('#text-rows a[data-number=\"{n}\"]').getBoundingClientRect()"
-        share = data["samples"][n]["tokens"] / PACK.seq_len
-        row = "document.querySelector('#text-rows svg').getBoundingClientRect().width"
-        assert tab.run(f"{box}.width / {row}") == pytest.approx(share, abs=0.01)
-
-
-@needs_chromium
-def test_a_click_leads_to_the_sample(tab, page):
-    data, shown = report(page), Reader(page).samples
-    first = [entry[0] for row in data["packs"][0]["rows"] for entry in row]
-    n = next(n for n in first if n in shown)
-    tab.run("scrollTo(0, 0)")
-    box = f"document.querySelector('#text-rows a[data-number=\"{n}\"]').getBoundingClientRect()"
-    x, y, width = tab.run(f"(() => {{ const b = {box}; return [b.x, b.y, b.width]; }})()")
-    tab.click(x + width / 2, y + 8)
-    tab.wait(f"location.hash === '#sample-{n}'")
-    tab.wait(f"Math.abs(document.querySelector('#sample-{n}').getBoundingClientRect().top) < 500")
-    assert tab.run("document.querySelector(':target').id") == f"sample-{n}"
-    name = json.dumps(data["samples"][n]["id"])
-    tab.wait(f"document.getElementById('picked').textContent.includes({name})")
-    other = next((s for s in range(len(data["samples"])) if s not in shown), None)
-    tab.run(f"location.hash = '#sample-{other}'")
-    tab.wait("document.getElementById('picked').textContent.includes('not among')")
-    pack = data["samples"][other]["pack"] + 1
-    assert tab.run("document.getElementById('pack-name').textContent").startswith(f"pack {pack} of")
-
-
-@needs_chromium
-def test_codec_frames_are_drawn(tab, page, corpus):
-    """The drawn frame has the chosen blocks at full brightness and the anchor dimmed elsewhere."""
-    data = report(page)
-    (name,) = data["clips"]
-    group = data["clips"][name][0]
-    at = next(i for i in range(len(group["frames"])) if i != group["anchor"])
-    tab.run(
-        "(() => { const range = document.querySelector('.codec .frame-at');"
-        f"range.value = {at}; range.dispatchEvent(new Event('input')); }})()"
-    )
-    frame = group["frames"][at]
-    caption = tab.run("document.querySelector('.codec .frame-name').textContent")
-    assert f"frame {frame['t']} · {len(frame['blocks']) // 3} blocks" in caption
-    width, height, values = tab.run(
-        "(() => { const c = document.querySelector('.codec canvas.frame');"
-        "const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
-        "return [c.width, c.height, [...d]]; })()"
-    )
-    drawn = np.array(values).reshape(height, width, 4)
-    sample = encoded(corpus)["codec"]
-    alpha = drawn[..., 3]
-    own = {tuple(p) for p in sample.patch_positions[sample.patch_positions[:, 0] == frame["t"], 1:]}
-    for row in range(height // 14):
-        for column in range(width // 14):
-            patch = alpha[14 * row + 3 : 14 * row + 11, 14 * column + 3 : 14 * column + 11]
-            assert (patch == 255).all() == ((row, column) in own)
-            assert (patch > 0).all()
-    for place, patch in zip(sample.patch_positions, sample.patches, strict=True):
-        if place[0] == frame["t"]:
-            y, x = place[1] * 14, place[2] * 14
-            want = patch.reshape(3, 14, 14).transpose(1, 2, 0)[2:12, 2:12]
-            assert np.abs(drawn[y + 2 : y + 12, x + 2 : x + 12, :3] - want).mean() < 6
-    tab.run("document.querySelector('.codec .frame-next').click()")
-    assert tab.run("document.querySelector('.codec .frame-at').value") == str(at + 1)
-    assert tab.errors == []

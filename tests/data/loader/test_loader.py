@@ -1,4 +1,4 @@
-"""The loader: same batches for any number of workers, exact resume, shares, and bad data."""
+"""The loader: same batches for any number of workers, exact resume, shares, rejected samples."""
 
 import json
 from collections import Counter
@@ -23,7 +23,7 @@ BAD = ("no-file", "cut-jpeg", "no-mark", "bad-json")
 
 
 def write_data(root, n: int = 40, bad: bool = True):
-    """n good samples of five kinds and four bad ones in between."""
+    """n good samples of five kinds, and between them four that cannot be used."""
     image = picture(root / "a.png", 60, 90)
     picture(root / "b.jpg", 112, 84)
     clip(root / "c.mp4", 12, 6)
@@ -99,7 +99,7 @@ def test_batches_have_the_packs_shape_and_the_info_counts_them(steps):
         assert info.patches == sum(info.class_patches) == 4 * (batch.vision_index >= 0).sum()
         assert info.supervised_tokens == (batch.targets != IGNORE).sum()
         assert info.samples == sum(map(len, info.sample_ids)) > 0
-        assert info.truncated == 0 and seen < info.seen
+        assert info.dropped_rounds == 0 and seen < info.seen
         seen = info.seen
     assert steps[-1][1].rejected >= 4
     used = sum(info.tokens for _, info in steps) / sum(info.token_slots for _, info in steps)
@@ -205,7 +205,7 @@ def test_a_state_of_other_data_is_refused(data):
         other.close()
 
 
-def test_a_waiting_sample_that_vanished_is_set_aside(tmp_path):
+def test_a_waiting_sample_that_vanished_is_rejected(tmp_path):
     path = write_data(tmp_path, bad=False)
     iterator = loader(path)
     next(iterator)
@@ -221,7 +221,7 @@ def test_a_waiting_sample_that_vanished_is_set_aside(tmp_path):
     assert {json.loads(line)["reason"] for line in lines} == {"missing_file"}
 
 
-# --- bad samples ----------------------------------------------------------------------------------
+# --- rejected samples -----------------------------------------------------------------------------
 
 
 def test_rejects_are_listed_once_over_epochs_and_restarts(tmp_path):
@@ -271,7 +271,7 @@ def test_dropped_rounds_are_counted(tmp_path):
     samples = [{"messages": chat("Q", "A", "Q", "A " * 500)}] * 5
     path = write_jsonl(tmp_path / "a.jsonl", samples)
     info = take(loader(path, on_long="drop_rounds"), 1)[0][1]
-    assert info.truncated == info.seen > 0 and info.rejected == 0
+    assert info.dropped_rounds == info.seen > 0 and info.rejected == 0
 
 
 def test_the_log_survives_a_killed_writer_and_refuses_a_foreign_file(tmp_path):

@@ -1,4 +1,4 @@
-"""Training by a plan: one order for any workers, processes and batch splits, and bad samples."""
+"""Training by a plan: one order for any workers, processes and batch splits; rejected samples."""
 
 import io
 import json
@@ -17,10 +17,11 @@ from ov2_jax.config.pack import PackConfig
 from ov2_jax.core.batch import IGNORE
 from ov2_jax.core.errors import DataError
 from ov2_jax.data.loader.loader import make_loader
-from ov2_jax.data.loader.steps import share_state
-from ov2_jax.data.plan.folder import DONE, Plan
-from ov2_jax.data.prepare.prepare import prepare
-from ov2_jax.data.prepare.work import Job, Processes
+from ov2_jax.data.loader.resume import share_state
+from ov2_jax.data.plan.folder import DONE, PackPlan
+from ov2_jax.data.prepare.job import PrepareJob
+from ov2_jax.data.prepare.run import prepare
+from ov2_jax.data.prepare.runners import ProcessRunner
 from ov2_jax.quickstart.dataset import write_dataset
 from ov2_jax.training.checkpoint import CheckpointError
 from tests.data.files import chat, clip, write_jsonl
@@ -64,7 +65,7 @@ def plan(data) -> Path:
 @pytest.fixture(scope="module")
 def steps(data, plan) -> list:
     """Twelve steps of one process with threads: three epochs of the plan."""
-    assert Plan(plan).packs == 8
+    assert PackPlan(plan).packs == 8
     return take(loader(data, plan), 12)
 
 
@@ -75,7 +76,7 @@ def test_every_epoch_has_each_sample_once_in_another_order(steps):
     order = ids(steps)
     for epoch in range(3):
         packs = order[8 * epoch : 8 * epoch + 8]
-        # The picture that is cut off is seen to be so when it is decoded: its place stays empty.
+        # Only decoding finds the picture that is cut off: its place stays empty.
         assert Counter(name for pack in packs for name in pack) == Counter(GOOD)
     assert len({tuple(order[8 * e : 8 * e + 8]) for e in range(3)}) == 3
     assert Counter(order[:8]) == Counter(order[8:16])  # the same packs
@@ -121,7 +122,7 @@ def test_batches_do_not_depend_on_workers_nor_on_a_restart(data, plan, steps):
 
 
 def together(data, plan, count: int, packs: int, steps: int, states: list | None):
-    """Steps of so many processes: the packs in global order, and their states."""
+    """Steps of `count` processes: the packs in global order, and their states."""
     shares, after = [], []
     for index in range(count):
         iterator = loader(data, plan, packs=packs, process=(index, count))
@@ -201,7 +202,7 @@ def test_packed_shards_give_the_same_steps_without_the_data(data, steps):
         assert_same(take(iterator, 6), steps[:6])
     (entry,) = map(json.loads, rejects.read_text().splitlines())
     assert (entry["id"], entry["reason"]) == ("cut-jpeg", "bad_image")
-    Path(Plan(moved).packed_files()[0]).unlink()
+    Path(PackPlan(moved).packed_files()[0]).unlink()
     with pytest.raises(DataError, match="run ov2_jax.data.prepare --packed-shards again"):
         loader(somewhere, moved)
 
@@ -284,7 +285,7 @@ def test_clips_too_short_for_the_codec_are_counted(tmp_path):
         "codec": CodecConfig(max_pixels=6272),
     }
     report = prepared(path, tmp_path / "plan", **codec)
-    packs = Plan(tmp_path / "plan").packs
+    packs = PackPlan(tmp_path / "plan").packs
     info = take(loader(path, tmp_path / "plan", packs=packs, **codec), 1)[0][1]
     assert report["uniform_fallbacks"] == info.uniform_fallbacks == info.seen == 6
 
@@ -298,8 +299,8 @@ def quickstart(tmp_path_factory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("runs")
     path = write_dataset(root / "data", train=120, heldout=7, workers=1).train_jsonl
     e = experiment_from(config_of(root / "unused", path))
-    job = Job(e.data, e.pack, e.model, e.tokenizer, seed=e.seed, out=str(root / "plan"))
-    with Processes(1) as processes:
+    job = PrepareJob(e.data, e.pack, e.model, e.tokenizer, seed=e.seed, out=str(root / "plan"))
+    with ProcessRunner(1) as processes:
         prepare(job, processes, console=Console(file=io.StringIO()))
     return path, root / "plan"
 

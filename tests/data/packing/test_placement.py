@@ -34,8 +34,8 @@ def check(candidates, placements, pack):
         text[p.row, p.offset : p.offset + tokens] += 1
         assert len(p.windows) == len(windows)
         for w, patches in zip(p.windows, windows, strict=True):
-            assert w.offset + patches <= pack.vision_rows[w.size][1]
-            rows[w.size][w.row, w.offset : w.offset + patches] += 1
+            assert w.offset + patches <= pack.vision_rows[w.row_class][1]
+            rows[w.row_class][w.row, w.offset : w.offset + patches] += 1
     assert text.max() <= 1 and all(r.max() <= 1 for r in rows)
     assert len({p.sample for p in placements}) == len(placements)
 
@@ -77,10 +77,10 @@ def test_placement_is_a_pure_function():
 def test_windows_take_the_smallest_class_with_room():
     pack = PackConfig(1, 1000, ((2, 32), (1, 128)))
     (p,) = place_pack([SampleSize(50, (20, 32, 100, 12))], pack)
-    assert [w.size for w in p.windows] == [0, 0, 1, 0]
+    assert [w.row_class for w in p.windows] == [0, 0, 1, 0]
     # The small class is full: the rest goes to the larger one instead of waiting.
     (p,) = place_pack([SampleSize(50, (32, 32, 32))], pack)
-    assert sorted(w.size for w in p.windows) == [0, 0, 1]
+    assert sorted(w.row_class for w in p.windows) == [0, 0, 1]
 
 
 def test_best_fit_fills_the_fullest_row():
@@ -203,7 +203,7 @@ def test_a_pack_gives_every_sample_back():
         np.testing.assert_array_equal(positions[index].reshape(-1, 3), s.patch_positions)
         # Each window lies whole in one row, under a number that no other window of the row has.
         for w, size in zip(p.windows, s.windows.tolist(), strict=True):
-            ids = batch.vision[w.size].segment_ids[w.row]
+            ids = batch.vision[w.row_class].segment_ids[w.row]
             number = ids[w.offset]
             assert number > 0 and (ids == number).sum() == size
             assert (ids[w.offset : w.offset + size] == number).all()

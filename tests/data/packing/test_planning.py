@@ -45,10 +45,10 @@ def check(lengths: Lengths, order: np.ndarray, packs: Packs, config: PackConfig)
             assert not slots & text and p.offset + len(slots) <= config.seq_len
             text |= slots
             for w, patches in zip(p.windows, sizes[p.sample].windows, strict=True):
-                slots = {(w.size, w.row, w.offset + i) for i in range(patches)}
+                slots = {(w.row_class, w.row, w.offset + i) for i in range(patches)}
                 assert not slots & vision
-                assert w.row < config.vision_rows[w.size][0]
-                assert w.offset + patches <= config.vision_rows[w.size][1]
+                assert w.row < config.vision_rows[w.row_class][0]
+                assert w.offset + patches <= config.vision_rows[w.row_class][1]
                 vision |= slots
         assert samples.max() <= (config.max_samples_per_row or config.seq_len)
 

@@ -21,12 +21,14 @@ from ov2_jax.config.codec import CodecConfig
 from ov2_jax.config.data import SourceConfig
 from ov2_jax.config.pack import PackConfig
 from ov2_jax.core.errors import ConfigError, DataError
-from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.encoding.sample_encoder import SampleEncoder
 from ov2_jax.data.packing.planning import Lengths
-from ov2_jax.data.plan.folder import Plan
-from ov2_jax.data.prepare.prepare import beam_runner, prepare
+from ov2_jax.data.plan.folder import PackPlan
+from ov2_jax.data.prepare.job import PrepareJob
 from ov2_jax.data.prepare.report import some_lengths
-from ov2_jax.data.prepare.work import Job, Processes, Worker
+from ov2_jax.data.prepare.run import prepare
+from ov2_jax.data.prepare.runners import ProcessRunner, beam_runner
+from ov2_jax.data.prepare.worker import Worker
 from ov2_jax.data.rejected import Rejected
 from ov2_jax.data.sources.index import RecordSource
 from tests.data.files import chat, write_jsonl
@@ -56,7 +58,7 @@ def test_lengths_are_those_of_encoding_and_the_plan_has_every_sample_once(data, 
     config = data_config(data, **CONFIG)
     records = RecordSource(config.sources)
     encoder = SampleEncoder(config, tiny_model(), tokenizer(), PACK, seed=7)
-    plan = Plan(folder)
+    plan = PackPlan(folder)
     planned = [int(r) for pack in range(plan.packs) for r in plan.members(pack)]
     usable = []
     for i in range(len(records)):
@@ -71,10 +73,10 @@ def test_lengths_are_those_of_encoding_and_the_plan_has_every_sample_once(data, 
     assert sorted(planned) == usable and plan.info.samples == len(usable) == 41
 
 
-def test_the_report_says_who_was_set_aside_and_how_full_packs_are(data, folder):
+def test_the_report_has_the_rejected_samples_and_how_full_packs_are(data, folder):
     report = json.loads((folder / "report.json").read_text())
     assert (report["records"], report["usable"]) == (44, 41)
-    assert report["set_aside"] == {
+    assert report["rejected"] == {
         reason: {"train": 1}
         for reason in ("bad_image", "bad_json", "missing_file", "placeholder_mismatch")
     }
@@ -85,7 +87,7 @@ def test_the_report_says_who_was_set_aside_and_how_full_packs_are(data, folder):
         ("train:31", 31),
         ("cut-jpeg", 12),  # found when packs were written
     ]
-    plan = Plan(folder)
+    plan = PackPlan(folder)
     sizes = [plan.size(int(r)) for pack in range(plan.packs) for r in plan.members(pack)]
     tokens = sum(s.tokens for s in sizes)
     assert report["tokens"] == tokens
@@ -100,8 +102,10 @@ def test_the_report_says_who_was_set_aside_and_how_full_packs_are(data, folder):
     }
     rows = report["vision_rows"]
     assert rows["configured"] == [[4, 64], [2, 128]] and rows["proposed"]
+    assert report["packed"]["rejected"] == 1  # of these four
     page = (folder / "report.md").read_text()
-    assert "# 41 of 44 records" in page and "| missing_file | train | 1 |" in page
+    assert "# 41 of 44 records" in page
+    assert "## Rejected" in page and "| missing_file | train | 1 |" in page
 
 
 def test_bytes_do_not_depend_on_workers(data, folder):
@@ -114,13 +118,13 @@ def test_bytes_are_the_same_by_beam(data, folder):
     pytest.importorskip("apache_beam", reason="`make test` tests it in .venv-beam")
     out = data.parent / "beam"
     job = job_of(data, out, packs_per_file=3)
-    run = beam_runner("--runner=DirectRunner")
-    prepare(job, run, packed_shards=True, console=Console(file=io.StringIO()))
+    runner = beam_runner("--runner=DirectRunner")
+    prepare(job, runner, packed_shards=True, console=Console(file=io.StringIO()))
     assert content(out) == content(folder)
 
 
 def test_without_beam_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "apache_beam", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "apache_beam", None)  # as if it were not installed
     with pytest.raises(ConfigError, match=r"pip install 'ov2_jax\[prepare\]'"):
         beam_runner("")
 
@@ -153,10 +157,10 @@ def test_a_killed_program_goes_on_where_it_was(tmp_path):
     assert len(children) >= 2 and not psutil.wait_procs(children, timeout=30)[1]
     done = {p: p.stat().st_mtime_ns for p in shards.glob("0*")}
     assert 3 <= len(done) < 1500 and not (out / "plan.json").exists()
-    (shards / ".00001.safetensors.123.part").write_bytes(b"half")
+    (shards / ".00001.npz.123.part").write_bytes(b"half")
 
     experiment = experiment_from(config_of(tmp_path / "run", path, **QUICKSTART))
-    job = Job(
+    job = PrepareJob(
         experiment.data,
         experiment.pack,
         experiment.model,
@@ -166,20 +170,20 @@ def test_a_killed_program_goes_on_where_it_was(tmp_path):
         shard_size=1,
     )
     straight = tmp_path / "straight"
-    with Processes(1) as run:
-        prepare(job, run, console=Console(file=io.StringIO()))
-        prepare(job._replace(out=str(straight)), run, console=Console(file=io.StringIO()))
+    with ProcessRunner(1) as runner:
+        prepare(job, runner, console=Console(file=io.StringIO()))
+        prepare(job._replace(out=str(straight)), runner, console=Console(file=io.StringIO()))
     assert {p: p.stat().st_mtime_ns for p in done} == done
-    assert content(out) == content(straight) and len(content(out)) == 1507
+    assert content(out) == content(straight) and len(content(out)) == 1512
 
 
 def test_packed_shards_come_later_and_a_broken_off_one_is_written_again(data, folder):
     out = data.parent / "later"
     prepared(data, out, packs_per_file=3)
-    assert Plan(out).packed_files() == []
+    assert PackPlan(out).packed_files() == []
     prepared(data, out, packed=True, packs_per_file=3)
     assert content(out) == content(folder)
-    Path(Plan(out).packed_files()[1]).unlink()
+    Path(PackPlan(out).packed_files()[1]).unlink()
     prepared(data, out, packed=True, packs_per_file=3)
     assert content(out) == content(folder)
 
@@ -191,13 +195,16 @@ def test_another_mixture_is_planned_anew_from_the_same_lengths(data, folder):
     sources = (SourceConfig(str(data), epochs=2),)
     assert prepared(data, out, sources=sources)["plan"]["samples"] == 82
     assert {p: p.stat().st_mtime_ns for p in (out / "lengths").iterdir()} == before
-    assert Plan(out).info.digest != Plan(folder).info.digest and not Plan(out).packed_files()
+    assert (
+        PackPlan(out).info.digest != PackPlan(folder).info.digest
+        and not PackPlan(out).packed_files()
+    )
 
 
 def test_epochs_of_a_partly_drawn_data_set_have_other_samples(data):
     out = data.parent / "half"
     prepared(data, out, sources=(SourceConfig(str(data), epochs=0.5),), epochs=2)
-    plan = Plan(out)
+    plan = PackPlan(out)
     assert len(plan.info.epochs) == 2
     first = [int(r) for pack in range(plan.info.epochs[0]) for r in plan.members(pack)]
     second = [int(r) for pack in range(plan.info.epochs[0], plan.packs) for r in plan.members(pack)]
@@ -259,9 +266,19 @@ def test_dropped_rounds_are_counted_and_measured(tmp_path):
     samples = [{"messages": chat("Q", "A", "Q", "A " * 500)}, {"messages": chat("Q", "A")}]
     path = write_jsonl(tmp_path / "a.jsonl", samples)
     report = prepared(path, tmp_path / "out", on_long="drop_rounds")
-    assert report["truncated"] == 1 and report["usable"] == 2
-    plan = Plan(tmp_path / "out")
+    assert report["dropped_rounds"] == 1 and report["usable"] == 2
+    plan = PackPlan(tmp_path / "out")
     assert plan.size(0) == plan.size(1)
+
+
+def test_worker_processes_do_not_import_training_code():
+    code = "import sys, ov2_jax.data.prepare.runners; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.PIPE, text=True)
+    packages = {name.split(".")[0] for name in found.stdout.split()}
+    rooms = {name for name in found.stdout.split() if name.startswith("ov2_jax.")}
+    assert "ov2_jax.data.plan.lengths" in rooms and not packages & {"flax", "optax", "orbax"}
+    assert {room.split(".")[1] for room in rooms} <= {"core", "config", "data"}
 
 
 class _Dying(Worker):
@@ -272,8 +289,11 @@ class _Dying(Worker):
 
 
 def test_a_worker_that_dies_is_one_sentence(data, tmp_path):
-    with Processes(2) as run, pytest.raises(DataError, match="a smaller --num-workers") as error:
-        run(_Dying(job_of(data, tmp_path)), "measure", [0, 1], lambda number: None)
+    with (
+        ProcessRunner(2) as runner,
+        pytest.raises(DataError, match="a smaller --num-workers") as error,
+    ):
+        runner(_Dying(job_of(data, tmp_path)), "measure", [0, 1], lambda number: None)
     assert "\n" not in str(error.value)
 
 
@@ -282,7 +302,7 @@ def test_tables_are_mapped_and_empty_ones_work(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": chat(f"Q{i}", "A")} for i in range(9)])
     report = prepared(path, tmp_path / "out", pack=PackConfig(1, 128))
     assert report["patches"] == 0 and report["vision_rows"]["proposed"] == []
-    plan = Plan(tmp_path / "out")
+    plan = PackPlan(tmp_path / "out")
     assert isinstance(plan.members(0).base, np.memmap) or isinstance(plan.members(0), np.memmap)
     assert Counter(int(r) for p in range(plan.packs) for r in plan.members(p)) == Counter(range(9))
 

@@ -8,7 +8,7 @@ from ov2_jax.config.data import SourceConfig
 from ov2_jax.data.rejected import SampleError
 from ov2_jax.data.sources.index import RecordSource
 from ov2_jax.data.sources.layouts import to_sample
-from ov2_jax.data.sources.records import parse_record
+from ov2_jax.data.sources.parsing import parse_record
 
 POINTS = {
     "id": "p",

@@ -3,21 +3,21 @@
 import base64
 import json
 import pickle
+import sys
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from ov2_jax.config.data import SourceConfig
 from ov2_jax.core.errors import ConfigError, DataError
-from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.encoding.sample_encoder import SampleEncoder
 from ov2_jax.data.rejected import Rejected, SampleError
 from ov2_jax.data.sources.index import RecordSource
 from ov2_jax.data.sources.layouts import to_sample
 from ov2_jax.data.sources.media import Embedded
-from ov2_jax.data.sources.records import parse_record
-from tests.data.files import chat, clip, picture, write_jsonl
+from ov2_jax.data.sources.parsing import parse_record
+from tests.data.files import chat, clip, fill_bucket, picture, write_jsonl
 from tests.tiny import data_config, tiny_model, tokenizer
 
 
@@ -150,22 +150,27 @@ def test_bad_media_say_why(tmp_path, image, reason):
     assert isinstance(result, Rejected) and result.reason == reason
 
 
-def test_remote_files_are_read_through_fsspec(tmp_path, png):
-    files = fsspec.filesystem("memory")
+def test_remote_files_are_read_like_local_ones(tmp_path, png):
     rows = [{"messages": chat("<image>", "A"), "image": "pictures/a.png"}, {"messages": []}]
-    files.pipe("/remote/data/a.jsonl", "\n".join(map(json.dumps, rows)).encode())
-    files.pipe("/remote/data/pictures/a.png", png)
-    with files.open("/remote/data/b.parquet", "wb") as file:
-        pq.write_table(pa.Table.from_pylist(rows[:1]), file)
+    fill_bucket(
+        {
+            "remote/data/a.jsonl": "\n".join(map(json.dumps, rows)).encode(),
+            "remote/data/pictures/a.png": png,
+            "remote/data/b.parquet": parquet(tmp_path / "b.parquet", rows[:1]).read_bytes(),
+            "remote/data/a.mp4": clip(tmp_path / "a.mp4", 12, 6).read_bytes(),
+        }
+    )
     for name in ("a.jsonl", "*.parquet"):
-        source = RecordSource([SourceConfig(f"memory://remote/data/{name}")])
+        source = RecordSource([SourceConfig(f"s3://remote/data/{name}")])
         raw = source[0]
-        assert raw.root == "memory://remote/data" or raw.root == "memory:///remote/data"
+        assert raw.root == "s3://remote/data"
         assert len(encode(raw).patches) > 0
-    files.pipe("/remote/data/a.mp4", clip(tmp_path / "a.mp4", 12, 6).read_bytes())
+    assert raw.file == "s3://remote/data/b.parquet"
     row = {"messages": chat("<video>", "A"), "video": "a.mp4"}
     assert len(encode(raw._replace(data=row)).windows) == 2
-    row = {"messages": chat("<image>", "A"), "image": "s3://other/a.png"}
+    row = {"messages": chat("<image>", "A"), "image": "none.png"}
+    assert encode(raw._replace(data=row)).reason == "missing_file"
+    row = {"messages": chat("<image>", "A"), "image": "gs://other/a.png"}
     with pytest.raises(SampleError, match="path_outside_root"):
         parse_record(raw._replace(data=row))
 
@@ -225,9 +230,16 @@ def test_a_file_that_vanishes_is_a_bad_sample(tmp_path):
     assert encode(source[0]).reason == "bad_shard"
 
 
-def test_a_scheme_that_cannot_be_opened_is_one_clear_error():
-    with pytest.raises(DataError, match="nowhere://x/a.jsonl cannot be opened"):
-        RecordSource([SourceConfig("nowhere://x/a.jsonl")])
+def test_a_scheme_that_cannot_be_opened_is_one_clear_error(monkeypatch):
+    words = "{} has the scheme {}://, which is not supported; a path is local or starts with gs://"
+    for path in ("http://x/a.jsonl", "memory://x/a.jsonl"):
+        with pytest.raises(ConfigError, match=words.format(path, path.split(":")[0])):
+            SourceConfig(path)
+    with pytest.raises(ConfigError, match=words.format("http://x", "http")):
+        SourceConfig("a.jsonl", root="http://x")
+    monkeypatch.setitem(sys.modules, "adlfs", None)
+    with pytest.raises(DataError, match="az://x/a.jsonl cannot be opened: .*adlfs"):
+        RecordSource([SourceConfig("az://x/a.jsonl")])
 
 
 def test_formats_are_told_by_suffix_or_config(tmp_path):

@@ -108,14 +108,16 @@ def test_mixtures_that_cannot_be(paths):
         SourceConfig(sources=(SourceConfig(a, weight=1), SourceConfig(b)))
     for bad, words in (
         ({"weight": 0}, "source.weight is 0"),
-        ({"weight": 1, "cap": 3}, "source.weight is 1; it must be None where"),
+        ({"weight": 1, "cap": 3}, "source.weight is 1; it must be None if"),
         ({"epochs": -1}, "source.epochs is -1"),
         ({"epochs": float("nan")}, "source.epochs is nan"),
-        ({"cap": 1.5}, "source.cap is 1.5"),
+        ({"cap": 0}, "source.cap is 0"),
         ({"sources": (SourceConfig(b),)}, "source.path is .* left out"),
     ):
         with pytest.raises(ConfigError, match=words):
             SourceConfig(a, **bad)
+    with pytest.raises(ConfigError, match="cap is 1.5; it must be of type int"):
+        data_config_from({"sources": [{"path": a, "cap": 1.5}]})
     with pytest.raises(DataError, match="empty has a weight but no sample"):
         mixture(paths, empty={"weight": 1}, b={"weight": 1})
     with pytest.raises(DataError, match="a gets none of the 50 samples of an epoch"):

@@ -9,7 +9,9 @@ from ov2_jax.config.data import SourceConfig
 from ov2_jax.core.errors import DataError
 from ov2_jax.data.rejected import SampleError
 from ov2_jax.data.sources.index import RecordSource
-from ov2_jax.data.sources.records import RawRecord, inside_root, parse_record
+from ov2_jax.data.sources.media_fields import inside_root
+from ov2_jax.data.sources.parsing import parse_record
+from ov2_jax.data.sources.records import RawRecord
 from tests.data.files import chat, write_jsonl
 
 

@@ -12,11 +12,11 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from ov2_jax.config.data import SourceConfig
 from ov2_jax.core.errors import DataError
-from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.encoding.sample_encoder import SampleEncoder
 from ov2_jax.data.rejected import Rejected, SampleError
 from ov2_jax.data.sources.index import RecordSource
+from ov2_jax.data.sources.parsing import parse_record
 from ov2_jax.data.sources.readers.array_record import ArrayRecordReader
-from ov2_jax.data.sources.records import parse_record
 from tests.data.files import chat, clip, picture
 from tests.tiny import data_config, tiny_model, tokenizer
 

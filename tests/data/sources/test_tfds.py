@@ -8,10 +8,10 @@ import tensorflow_datasets as tfds
 
 from ov2_jax.config.data import SourceConfig
 from ov2_jax.core.errors import ConfigError, DataError
-from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.encoding.sample_encoder import SampleEncoder
 from ov2_jax.data.rejected import Rejected
 from ov2_jax.data.sources.index import RecordSource
-from ov2_jax.data.sources.records import parse_record
+from ov2_jax.data.sources.parsing import parse_record
 from tests.data.files import chat, picture
 from tests.tiny import data_config, tiny_model, tokenizer
 

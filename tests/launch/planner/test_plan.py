@@ -1,4 +1,4 @@
-"""The planner: what a recipe needs, the report, and the program with its mistakes."""
+"""The planner: what a recipe needs, the report, and the program with its errors."""
 
 import dataclasses
 import html.parser
@@ -13,14 +13,13 @@ import jax
 import numpy as np
 import pytest
 
-from launch.accelerators import LaunchError, parse_accelerator
-from launch.planner import experiment as planned
-from launch.planner import hlo, measure, memory, search, show, work
+from launch.accelerators import parse_accelerator
+from launch.errors import LaunchError
+from launch.planner import hlo, libtpu, measure, memory, search, show, work
 from launch.planner.chips import CHIPS
-from launch.planner.compiling import CompileError, shared_arguments
-from launch.planner.compiling import measure as compile_elsewhere
-from launch.planner.environment import INSTALL, for_compiling, only_cpu
-from launch.planner.program import slice_of
+from launch.planner.command import parse_slice
+from launch.planner.compiling import CompileError, run_in_process, shared_arguments
+from launch.planner.experiment import experiment_to_plan
 from launch.planner.report import report
 from ov2_jax.sharding.mesh import make_mesh
 from ov2_jax.training.monitoring.flops import train_flops
@@ -33,15 +32,15 @@ HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
 
 def small(**changes):
-    return planned.planned_experiment(config_of(Path("run"), Path("none.jsonl"), **changes))
+    return experiment_to_plan(config_of(Path("run"), Path("none.jsonl"), **changes))
 
 
 def test_a_plan_needs_no_data_and_no_checkpoint():
     config = config_of(Path("run"), Path("x.jsonl"))
     with config.unlocked(), config.ignore_type():
         config.workdir, config.tokenizer, config.data.sources = "", None, ({"path": ""},)
-    assert planned.planned_experiment(config).steps == small().steps
-    assert config.data.sources == ({"path": ""},)  # the caller's is left alone
+    assert experiment_to_plan(config).steps == small().steps
+    assert config.data.sources == ({"path": ""},)  # the caller's config does not change
 
 
 def test_filling_follows_the_config_and_the_flags():
@@ -92,8 +91,8 @@ def test_kernels_at_whole_blocks_cost_what_the_windows_need():
         found = cost(remat, **whole)
         assert np.isclose(found["encoder"], matmuls / 6)
         assert np.isclose(found["decoder"], 2 * matmuls / 6)
-    # Windows of 3 x 256 and one more share blocks of 512: 2 x 2 of them are visited, of which the
-    # windows fill 3^2 + 1 halves.
+    # A window of 3 x 256 and one of 256 share blocks of 512: 2 x 2 blocks are visited. These are 16
+    # squares of 256, and the windows need 3^2 + 1.
     assert np.isclose(cost("none", sample=512, window=768)["encoder"], 16 / 10 * 9 / 6)
 
 
@@ -137,7 +136,7 @@ def plan():
         "trace_seconds": 0.5,
         "compile_seconds": compiled.seconds,
         "memory": measure.memory_of(compiled, held, state, batch, CHIPS["v6e"].usable_bytes),
-        **measure.counts(e, module, dict(mesh.shape), state.params, sample=64, window=32),
+        **measure.count_module(e, module, dict(mesh.shape), state.params, sample=64, window=32),
     }
     return report(measured, "small", "python -m launch.plan <it>") | {"search": [], "libtpu": "1"}
 
@@ -147,7 +146,7 @@ def test_report_of_a_real_step(plan):
     state = small()
     assert plan["memory"]["kinds"]["moments"] > plan["memory"]["kinds"]["parameters"] > 0
     # On a CPU attention loops over as many blocks as the data has; every other loop is counted.
-    assert all("could not be told" in note for note in plan["notes"])
+    assert all("trip count of the loop" in note for note in plan["notes"])
     assert 1 < plan["ratios"]["matmuls"]["ratio"] < 1.3
     assert not plan["attention_kernels"]
     assert plan["ratios"]["weights"]["ratio"] > 0.9
@@ -165,7 +164,7 @@ def test_more_memory_than_there_is_does_not_fit(plan):
 
 
 class _Page(html.parser.HTMLParser):
-    """Raises where tags do not close in order."""
+    """Raises if tags do not close in order."""
 
     void = {"meta", "link", "br", "img"}
 
@@ -236,11 +235,19 @@ def test_ranks_of_a_search():
 def test_environment_of_the_compiling_process():
     tpu = parse_accelerator("v6e:2x4")
     base = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "HOME": "/h"}
-    env = for_compiling(tpu, base)
+    env = libtpu.compile_environment(tpu, base)
     assert env["JAX_PLATFORMS"] == "cpu" and env["HOME"] == "/h" and "XLA_FLAGS" not in env
     assert "scoped_vmem_limit" in env["LIBTPU_INIT_ARGS"]  # as a run has it
-    only_cpu(base)
+    libtpu.use_cpu_only(base)
     assert base["JAX_PLATFORMS"] == "cpu"
+
+
+def test_the_planner_imports_no_transformers():
+    """Its import takes seconds, and a plan needs no tokenizer."""
+    code = "import sys, launch.planner.command, launch.planner.measure; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "transformers" not in done.stdout.decode().split()
 
 
 def test_arguments_that_the_compiling_process_gets():
@@ -263,16 +270,14 @@ def test_arguments_that_the_compiling_process_gets():
 )
 def test_topologies_that_cannot_be_planned(text, message):
     with pytest.raises(LaunchError, match=message) as error:
-        slice_of(text)
+        parse_slice(text)
     assert "\n" not in str(error.value)
 
 
 def test_a_compiling_process_that_dies_is_one_sentence():
     tpu = parse_accelerator("v6e:2x4")
     with pytest.raises(CompileError, match=r"The compiling process ended with 1: .*unknown") as e:
-        compile_elsewhere(
-            tpu, ["--config=configs/quickstart.py", "--topology=v6e:2x4", "--unknown"]
-        )
+        run_in_process(tpu, ["--config=configs/quickstart.py", "--topology=v6e:2x4", "--unknown"])
     assert "\n" not in str(e.value)
 
 
@@ -302,7 +307,7 @@ def test_command_line_says_one_sentence(arguments, message):
 def test_a_missing_libtpu_is_one_sentence():
     done = program("--topology=v6e:2x4", "--config.global_rows=64")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("LaunchError: libtpu") and INSTALL in done.stderr
+    assert done.stderr.startswith("LaunchError: libtpu") and libtpu.INSTALL in done.stderr
 
 
 @pytest.mark.skipif(not HAS_LIBTPU, reason="no libtpu here: pip install 'ov2_jax[plan]'")
@@ -321,7 +326,7 @@ def test_a_plan_for_a_tpu(tmp_path):
 
 @pytest.mark.skipif(not HAS_LIBTPU, reason="no libtpu here: pip install 'ov2_jax[plan]'")
 def test_what_does_not_fit_is_told_with_its_memory(tmp_path):
-    """The compiler refuses it; its dump still says what would lie where."""
+    """The compiler refuses the program; its dump still lists the buffers."""
     arguments = ["--config.global_rows=64", "--config.model.vision.num_hidden_layers=1"]
     arguments += ["--config.model.text.num_hidden_layers=1", f"--out={tmp_path}"]
     arguments += ["--config.pack.vision_rows=((1600, 4096),)"]

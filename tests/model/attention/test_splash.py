@@ -1,4 +1,4 @@
-"""The TPU's kernels in interpret mode, packed against unpacked, and the choice among backends."""
+"""The TPU's kernels in interpret mode, packed against unpacked, and the choice among kernels."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def ids(lengths: list[int], total: int) -> np.ndarray:
 
 
 def check(qkv: list[jax.Array], segments: Segments) -> None:
-    """Forward and gradients against the whole score matrix; padding gives zeros."""
+    """Output and gradients equal those of the whole score matrix; padding gives zeros."""
     weights = jnp.cos(jnp.arange(qkv[0].size, dtype=jnp.float32)).reshape(qkv[0].shape)
 
     def run(attention, *qkv):
@@ -52,7 +52,7 @@ def check(qkv: list[jax.Array], segments: Segments) -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_rows_of_samples_and_padding_equal_the_whole_matrix(causal):
-    """A row of three samples, one of a single sample, one of padding alone."""
+    """A row of three samples, one of a single sample, and one that is all padding."""
     rows = np.concatenate([ids([100, 130, 60], 384), ids([384], 384), ids([], 384)])
     check(inputs(3, 384, 384, 4, 2, 64), row_segments(jnp.asarray(rows), causal=causal))
 
@@ -104,7 +104,7 @@ def mixed_rows() -> np.ndarray:
 
 
 def rows_of_pictures() -> np.ndarray:
-    """Rows of 4096 with pictures of 8x8 to 22x22 patches and nothing else."""
+    """Rows of 4096 that hold only pictures, of 8x8 to 22x22 patches."""
     rng = np.random.default_rng(0)
     rows = []
     for _ in range(8):
@@ -116,12 +116,14 @@ def rows_of_pictures() -> np.ndarray:
 
 
 def costs(rows: np.ndarray) -> dict[str, float]:
-    """What each backend computes for an encoder's rows, over the sum of squared windows."""
+    """Scores that each kernel computes for an encoder's rows, over the sum of squared windows."""
     segments = row_segments(jnp.asarray(rows), causal=False)
     windows = sum(int((np.bincount(row)[1:].astype(np.int64) ** 2).sum()) for row in rows)
     cost = {
         "splash": int(KERNELS["splash"].computed_scores(segments).sum()),
-        "triton": int(max(KERNELS["triton"].computed_scores(segments, 64, "bfloat16").values())),
+        "triton": max(
+            KERNELS["triton"].computed_scores(segments, 64, jnp.dtype("bfloat16")).values()
+        ),
         "xla": int(KERNELS["xla"].computed_scores(segments).sum()),
         "whole rows": rows.shape[0] * rows.shape[1] ** 2,
     }
@@ -137,13 +139,13 @@ def test_encoder_attention_costs_at_most_twice_the_windows():
 
 
 def test_rows_of_pictures_alone_cost_a_part_of_their_square():
-    """Blocks of 512 are long for them: here Splash is above twice their windows."""
+    """Blocks of 512 are large for such windows: Splash computes more than twice their squares."""
     ratios = costs(rows_of_pictures())
     assert ratios["whole rows"] > 10
     assert ratios["triton"] < 2 and ratios["xla"] < 3 and ratios["splash"] < 5
 
 
-def test_the_first_backend_that_runs_is_chosen():
+def test_the_first_kernel_that_runs_is_chosen():
     order = tuple(KERNELS)
     assert [choose(order, p) for p in ("tpu", "gpu", "cpu")] == ["splash", "triton", "xla"]
     assert choose(("xla", "splash"), "tpu") == "xla"
@@ -154,7 +156,7 @@ def test_the_first_backend_that_runs_is_chosen():
 
 
 def test_a_kernel_that_fails_or_is_wrong_is_passed_over(monkeypatch):
-    """A kernel that ignores segments is what a GPU backend of another stack once did."""
+    """A GPU kernel of another stack once ignored segments."""
 
     def leaking(q, k, v, segments):
         whole = row_segments(jnp.ones_like(segments.k_ids), causal=True)
@@ -163,9 +165,9 @@ def test_a_kernel_that_fails_or_is_wrong_is_passed_over(monkeypatch):
     def broken(q, k, v, segments):
         raise NotImplementedError("no such instruction")
 
-    for name, kernel in (("splash", leaking), ("triton", broken)):
-        backend = KERNELS[name]._replace(attention=kernel, platforms=("cpu",))
-        monkeypatch.setitem(KERNELS, name, backend)
+    for name, attention in (("splash", leaking), ("triton", broken)):
+        kernel = KERNELS[name]._replace(attention=attention, platforms=("cpu",))
+        monkeypatch.setitem(KERNELS, name, kernel)
     name, notes = first_working(("splash", "triton", "xla"))
     assert name == "xla" and len(notes) == 2
     assert "splash is not used: its results are off" in notes[0]

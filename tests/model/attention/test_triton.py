@@ -1,4 +1,4 @@
-"""The GPU kernels of attention: their numbers in interpret mode, their Triton code for CUDA."""
+"""The GPU kernels of attention: their results in interpret mode, their Triton code for CUDA."""
 
 import functools
 import importlib.util
@@ -15,7 +15,7 @@ from ov2_jax.model.attention.blocks import Segments, row_segments, visible
 from ov2_jax.model.attention.plain import masked_attention
 
 FLOAT32 = 1e-5  # largest error; values and gradients are of order 1
-BFLOAT16 = 1e-2  # of a value, or of 1 where it is smaller: 2.6 times bfloat16's rounding, 2**-8
+BFLOAT16 = 1e-2  # of a value, or of 1 if it is smaller: 2.6 times bfloat16's rounding, 2**-8
 
 
 def packed(*lengths: int, total: int, ids: tuple[int, ...] | None = None) -> jax.Array:
@@ -84,7 +84,7 @@ def test_as_plain_attention(name, size):
 
 @pytest.mark.parametrize("ranks", [(0, 7), (2, 5), (6, 1)])
 def test_queries_of_some_places_against_all_keys(ranks):
-    """As under context parallelism: two chunks of eight, a sample's start in neither."""
+    """As under context parallelism: two chunks of eight, in neither of which a sample starts."""
     k_ids = packed(150, 700, 170, total=1040)
     chunk = 1040 // 8
     index = jnp.concatenate([jnp.arange(r * chunk, (r + 1) * chunk) for r in ranks])
@@ -134,7 +134,7 @@ def test_padding_is_zero(causal):
 
 @pytest.mark.parametrize(("size", "causal"), [(64, False), (128, True)])
 def test_bfloat16(size, causal):
-    """In blocks of their own; 187 to 255 share one with keys that they do not see."""
+    """Queries 187 to 255 share a block with keys that they do not see."""
     segments = row_segments(packed(37, 150, 100, total=300), causal=causal)
     inputs = arrays(segments, 4, 2, size, jnp.bfloat16)
     got = triton.attention(*inputs[:3], segments, interpret=True)
@@ -147,7 +147,7 @@ def test_bfloat16(size, causal):
 
 
 def test_blocks_of_other_segments_are_not_touched():
-    """What a kernel visits it multiplies, and 0 x NaN is NaN."""
+    """A kernel multiplies every block that it visits, and 0 x NaN is NaN."""
     segments = row_segments(packed(256, 256, 256, total=768), causal=False)
     q, k, v, d_out = arrays(segments, 1, 1, 64)
     spoiled = [x.at[:, 512:].set(jnp.nan) for x in (q, k, v, d_out)]
@@ -164,15 +164,15 @@ def test_many_windows_cost_their_sum():
     windows = [256] * 8 + [1024] + [3136] + [1952]
     row = row_segments(packed(*windows, total=8192), causal=False)
     true = sum(n * n for n in windows)
-    for entries in triton.computed_scores(row, 64, jnp.bfloat16).values():
+    for entries in triton.computed_scores(row, 64, jnp.dtype("bfloat16")).values():
         assert true <= entries < 1.15 * true
     samples = row_segments(packed(*windows, total=8192), causal=True)
-    for entries in triton.computed_scores(samples, 128, jnp.bfloat16).values():
+    for entries in triton.computed_scores(samples, 128, jnp.dtype("bfloat16")).values():
         assert true / 2 < entries < 1.15 * true / 2
 
 
 def test_remat_can_keep_the_result(capsys):
-    """Output and logsumexp by name; then the backward pass has no use for the forward kernel."""
+    """Output and logsumexp are kept by name, so the backward pass needs no forward kernel."""
     segments = row_segments(packed(128, total=128), causal=True)
     q, k, v, _ = arrays(segments, 2, 1, 64)
     policy = jax.checkpoint_policies.save_only_these_names("attention")
@@ -182,7 +182,7 @@ def test_remat_can_keep_the_result(capsys):
     assert [x.split()[0] for x in kept] == ["f32[1,128,2,64]", "f32[1,2,128]"]
 
 
-def test_what_it_refuses():
+def test_head_sizes_and_head_counts_that_are_refused():
     segments = row_segments(packed(16, total=16), causal=False)
     q, k, v, _ = arrays(segments, 2, 2, 256)
     with pytest.raises(ValueError, match="head size 256 is more than the Triton kernels' 128"):
@@ -200,7 +200,7 @@ def test_what_it_refuses():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("size", "causal"), [(64, False), (128, True), (72, True)])
 def test_lowers_for_cuda(size, causal, dtype):
-    """Every operation of the kernels has a Triton form; no GPU is needed to find out."""
+    """Every operation of the kernels has a Triton form; no GPU is needed to check that."""
 
     def run(q, k, v, ids):
         segments = row_segments(ids, causal=causal)

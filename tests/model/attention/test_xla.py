@@ -14,7 +14,7 @@ FORWARD, BACKWARD = 2e-6, 2e-5
 
 
 def segments_of(lengths: list[list[int]], total: int) -> jnp.ndarray:
-    """Rows of segments so long, then padding."""
+    """Rows of segments of these lengths, then padding."""
     ids = np.zeros((len(lengths), total), np.int32)
     for row, wanted in zip(ids, lengths, strict=True):
         row[: sum(wanted)] = np.repeat(np.arange(1, len(wanted) + 1), wanted)
@@ -65,7 +65,7 @@ def check(segments: Segments, heads: int, groups: int, block_q: int, block_k: in
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("block_q, block_k", [(512, 512), (32, 64), (64, 32)])
 def test_equals_plain_attention(causal: bool, groups: int, block_q: int, block_k: int) -> None:
-    # 149 tokens: no block divides them; the last row is nothing but padding.
+    # 149 tokens: no block divides them; the last row is all padding.
     ids = segments_of([[40, 3, 70], [149], [64, 64], []], 149)
     check(row_segments(ids, causal=causal), 4, groups, block_q, block_k)
 
@@ -78,7 +78,7 @@ def test_ids_in_any_order() -> None:
 
 def test_queries_anywhere_among_more_keys() -> None:
     k_ids = segments_of([[90, 30], [20, 100]], 130)
-    # As a context-parallel shard has them: the first and the last eighth of the row, and a mixture.
+    # The queries of a context shard (the first and the last eighth of a row), and random ones.
     for index in (
         np.r_[0:16, 114:130],
         np.random.default_rng(0).permutation(130)[:45],
@@ -165,8 +165,8 @@ def test_remat_policy_saves_the_output_and_runs_no_second_forward() -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_blocks_without_a_pair_are_skipped(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is skipped can't be seen in the result, so values that a skipped block would spoil are
-    put there: NaN times a weight of 0 is NaN."""
+    """The result does not show which blocks are skipped, so the values there are NaN: a block that
+    is not skipped spoils the result, because NaN times a weight of 0 is NaN."""
     ids = segments_of([[128, 128, 64]], 384)  # 6 blocks of 64, the last one padding
     segments = row_segments(ids, causal=causal)
     blocks = 3 + 3 + 1 if causal else 4 + 4 + 1
@@ -184,7 +184,7 @@ def test_blocks_without_a_pair_are_skipped(causal: bool, monkeypatch: pytest.Mon
     )
     monkeypatch.setattr(xla, "visited_blocks", everything)
     out = f(q, k, v)[:, :128]
-    assert np.isnan(out).any()  # so the check above would see it
+    assert np.isnan(out).any()  # so the check above can fail
 
 
 def test_cost_of_a_mixed_batch_of_windows() -> None:

@@ -1,9 +1,10 @@
-"""Canvases or frames that were made beforehand: pictures, and .npy files of patch positions."""
+"""Canvases or frames made beforehand: pictures, and .npy files of their patches' positions."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Int32, Integer, UInt8
 
 from ov2_jax.core.errors import describe
 from ov2_jax.data.encoding.images import load_image, patchify, resize
@@ -12,12 +13,13 @@ from ov2_jax.data.sources.media import Media, check_exists, decodable
 
 
 class Assets(NamedTuple):
-    """What positions alone tell of a clip's pictures; P patches in g windows."""
+    """What the positions alone state about a clip's pictures; each group is a window."""
 
-    hw: tuple[int, int]  # pixels of a picture
-    kept: np.ndarray  # bool [pictures]: those that are no padding
-    positions: np.ndarray  # int32 [P 3]: source frame number, patch row, patch column; block order
-    windows: np.ndarray  # int32 [g]: patches of each window
+    hw: tuple[int, int]  # height and width of a picture in pixels
+    kept: Bool[np.ndarray, " pictures"]  # those that are no padding
+    # Source frame number, patch row and patch column, in block order.
+    positions: Int32[np.ndarray, "P 3"]
+    windows: Int32[np.ndarray, " g"]  # patches of each window
 
 
 def read_positions(
@@ -25,9 +27,9 @@ def read_positions(
 ) -> Assets:
     """Reads .npy files, one for all pictures or one a picture.
 
-    Positions are [pictures*S 3], raster order in every picture; -1 marks padding, which fills whole
-    pictures and is dropped. Every `together` pictures are one window, of codec canvases one group.
-    Raises SampleError missing_file or bad_record.
+    Their rows are patches, picture by picture, in raster order within each. -1 marks padding, which
+    fills whole pictures and is dropped. Every `together` pictures are one window; for codec
+    canvases that is one group. Raises SampleError missing_file or bad_record.
     """
     name = ", ".join(map(str, positions))
     where = np.concatenate([_load(path) for path in positions])
@@ -64,9 +66,11 @@ def read_positions(
 
 def read_pictures(
     pictures: Sequence[Media], assets: Assets, *, patch: int, merge: int
-) -> np.ndarray:
-    """uint8 [P C*p*p]. Whole frames are resized to what the positions say (bicubic), canvases must
-    have that size. Raises SampleError missing_file, bad_image or bad_record.
+) -> UInt8[np.ndarray, "P values"]:
+    """The patches of the pictures that are no padding, in block order.
+
+    Whole frames are resized to the size in the positions (bicubic); canvases must have that size.
+    Raises SampleError missing_file, bad_image or bad_record.
     """
     kept = [picture for picture, keep in zip(pictures, assets.kept, strict=True) if keep]
     times = assets.positions[:, 0].reshape(len(kept), -1)
@@ -85,12 +89,11 @@ def read_pictures(
     return np.concatenate(patches)
 
 
-def _load(path: Media) -> np.ndarray:
-    """[n 3] whole numbers."""
+def _load(path: Media) -> Integer[np.ndarray, "P 3"]:
     check_exists(path, "positions file")
     try:
         where = np.load(decodable(path), allow_pickle=False)
-    except Exception as error:  # also MemoryError, where the header announces what is not there
+    except Exception as error:  # also MemoryError, if the header announces more than there is
         raise SampleError("bad_record", f"{path} is no .npy file: {describe(error)}") from error
     if (
         not isinstance(where, np.ndarray)

@@ -1,13 +1,13 @@
-"""How much of a frame is new, cell by cell, from what stock FFmpeg tells while it decodes.
+"""How much of a frame is new, cell by cell, from the data that stock FFmpeg exports.
 
-H.264 and MPEG-4 export their motion vectors: what is left after motion compensation is close to
-what the encoder spent bits on. Other codecs export none, and the difference to the frame before
-takes its place. Key frames have no past: there texture costs the bits.
+H.264 and MPEG-4 export their motion vectors: the residual after motion compensation is close to
+what the encoder spent bits on. For other codecs, which export none, it is the difference to the
+frame before. Key frames refer to no other frame, and their bits follow their texture.
 
-Letters: r c rows and columns of cells (16 pixels, a macroblock), H W pixels. Only every fourth
-pixel in both directions is looked at: on an H.264 clip that found as many of the truly expensive
-blocks as all pixels do, and it leaves the cost of scoring below the cost of decoding. Vectors are
-followed to the quarter of a pixel, though: rounded to pixels, they found 70 % instead of 75 %.
+A cell is a macroblock, 16 x 16 pixels. Only every fourth pixel in both directions is read: on an
+H.264 clip that found as many of the truly expensive blocks as all pixels do, and scoring costs less
+than decoding. Vectors are followed to the quarter of a pixel, though: rounded to pixels, they found
+70 % instead of 75 %.
 """
 
 from collections import deque
@@ -15,23 +15,24 @@ from typing import NamedTuple
 
 import av
 import numpy as np
+from jaxtyping import Float32, Int16, Int32, Integer, Shaped, UInt8
 
 CELL = 16
-# Pixels between samples, and from how many pixels a picture on they are twice as far apart. A
-# canvas is some 150 000 pixels, so what it shows of a large picture is coarser than that anyway.
+# Pixels between samples; in pictures of at least _LARGE pixels they are twice as far apart. A
+# canvas has some 150 000 pixels, so it shows a large picture more coarsely than that anyway.
 _STEP = 4
 _LARGE = 500_000
 _FINE = 8  # pixels: exported vectors never cover smaller blocks
 _DEAD_ZONE = 2  # levels of grey that quantisation swallows
-# A macroblock whose motion differs from its neighbours' pays for the vectors too: about as much as
+# A macroblock whose motion differs from its neighbours' also pays for its vectors: about as much as
 # 0.3 levels over its samples, for each of its four quarters that differ.
 _MOTION_COST = 5 / 16
 # Displacements in quarters of a pixel are packed as dy * 65536 + dx; codecs allow far less than
 # half of either's range.
 _HALF, _NO_VECTOR = 1 << 15, -(1 << 31)
 _QUARTERS = 4
-# Pixels that a picture is continued by on every side. A block that lies outside altogether sees
-# copies of the last pixel only, so vectors that lead farther out can end here.
+# Pixels that a picture is continued by on every side. A block that lies wholly outside has only
+# copies of the last pixel, so vectors that lead farther out can end here.
 _MARGIN = 16
 _MAX_WAITING = 16  # B frames in a row, H.264's limit; a broken stream must not fill the memory
 _PLANAR = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "nv12", "gray"}
@@ -39,24 +40,26 @@ _INTRA, _BIDIRECTIONAL = 1, 3  # av.video.frame.PictureType.I and .B, as frame.p
 
 
 class _Waiting(NamedTuple):
+    """A frame whose vectors may point to a frame that is not decoded yet."""
+
     number: int
-    picture: np.ndarray
-    vectors: np.ndarray
+    picture: UInt8[np.ndarray, " pixels"]
+    vectors: Shaped[np.ndarray, " vectors"]
 
 
 class EnergyMeter:
-    """Takes a clip's frames in the order of display; `energies` has the wanted ones' maps.
+    """Takes a clip's frames in the order of display; `energies` has the maps of the wanted ones.
 
     B frames wait for the I or P frame that follows them, so their maps come later; `finish` ends
-    the clip. At most 16 waiting frames and 2 anchors are held, in grey. Raises ValueError if frames
-    change their size.
+    the clip. At most 16 waiting frames and 2 anchors are held, in grey. Raises ValueError if the
+    frames change their size.
     """
 
     def __init__(self) -> None:
-        self.energies: dict[int, np.ndarray] = {}  # number of the frame: float32 [r c]
+        self.energies: dict[int, Float32[np.ndarray, "r c"]] = {}  # by number of the frame
         self.has_vectors = False
         self._grid: _Grid | None = None
-        self._anchors: deque[np.ndarray] = deque(maxlen=2)
+        self._anchors: deque[UInt8[np.ndarray, " pixels"]] = deque(maxlen=2)
         self._previous: av.VideoFrame | None = None
         self._waiting: list[_Waiting] = []
 
@@ -82,7 +85,7 @@ class EnergyMeter:
                 before = self._grid.continued(self._previous)
                 self.energies[number] = self._grid.difference(picture, before)
         if anchor or intra:
-            # What waits are the B frames before this one, and this one itself if it is a P frame.
+            # The B frames before this frame are waiting, and this frame itself if it is a P frame.
             self._settle(picture, number)
             self._anchors.append(picture)
         elif len(self._waiting) >= _MAX_WAITING:
@@ -92,7 +95,8 @@ class EnergyMeter:
     def finish(self) -> None:
         self._settle(None, -1)
 
-    def _settle(self, anchor: np.ndarray | None, number: int) -> None:
+    def _settle(self, anchor: UInt8[np.ndarray, " pixels"] | None, number: int) -> None:
+        """Scores the waiting frames, which may point forward to `anchor`, frame `number`."""
         for waiting in self._waiting:
             future = None if waiting.number == number else anchor
             self.energies[waiting.number] = self._grid.residual(
@@ -102,11 +106,12 @@ class EnergyMeter:
 
 
 class _Grid:
-    """Where the samples of a picture of H x W lie.
+    """The places of the samples in a picture of `height` x `width` pixels.
 
-    Pictures are uint8, flat, continued by their last pixels to whole cells (as encoders do) and by
-    a margin on every side. Samples are [s s 2r 2c], s 2 or in large pictures 1: row and column
-    inside a block of 8 pixels first, so that what holds for a block broadcasts over its samples.
+    Pictures are flat, continued by their last pixels to whole cells (as encoders do) and by a
+    margin on every side. A cell has four quarters, blocks of 8 x 8 pixels. Samples are [inside
+    inside quarter_rows quarter_columns]: first the row and column inside a quarter (2 x 2 of them,
+    in large pictures 1), so that the values of a quarter broadcast over its samples.
     """
 
     def __init__(self, height: int, width: int) -> None:
@@ -122,8 +127,8 @@ class _Grid:
         self._inside = (inside[:, None] * self._pitch + inside)[:, :, None, None]
         self._here = self._inside + self._top * self._pitch + self._left
 
-    def continued(self, frame: av.VideoFrame) -> np.ndarray:
-        """The brightness of a frame, as described above."""
+    def continued(self, frame: av.VideoFrame) -> UInt8[np.ndarray, " pixels"]:
+        """The brightness of a frame, flat and continued."""
         if frame.format.name not in _PLANAR:
             frame = frame.reformat(format="gray")
         plane = frame.planes[0]
@@ -139,28 +144,30 @@ class _Grid:
         picture[:, columns.stop :] = picture[:, columns.stop - 1, None]
         return picture.reshape(-1)
 
-    def texture(self, picture: np.ndarray) -> np.ndarray:
-        """float32 [r c]: how much a pixel differs from its right and lower neighbours."""
+    def texture(self, picture: UInt8[np.ndarray, " pixels"]) -> Float32[np.ndarray, "r c"]:
+        """How much pixels differ from their right and lower neighbours."""
         here = _take(picture, self._here)
         right, below = (_take(picture[n:], self._here) for n in (1, self._pitch))
         return _sum(np.abs(here - right) + np.abs(here - below))
 
-    def difference(self, picture: np.ndarray, before: np.ndarray) -> np.ndarray:
-        """float32 [r c]: how much changed at the same place."""
+    def difference(
+        self, picture: UInt8[np.ndarray, " pixels"], before: UInt8[np.ndarray, " pixels"]
+    ) -> Float32[np.ndarray, "r c"]:
+        """How much changed at the same place."""
         return _left_over(_take(picture, self._here), _take(before, self._here))
 
     def residual(
         self,
-        picture: np.ndarray,
-        vectors: np.ndarray,
-        past: list[np.ndarray],
-        future: np.ndarray | None,
-    ) -> np.ndarray:
-        """float32 [r c]: what motion compensation from the anchors leaves.
+        picture: UInt8[np.ndarray, " pixels"],
+        vectors: Shaped[np.ndarray, " vectors"],
+        past: list[UInt8[np.ndarray, " pixels"]],
+        future: UInt8[np.ndarray, " pixels"] | None,
+    ) -> Float32[np.ndarray, "r c"]:
+        """What motion compensation from the anchors leaves.
 
-        FFmpeg tells the direction of a vector but not which frame it refers to: the nearest anchor
-        is taken, or, of what points to the past alone, the one before it where that fits better.
-        Blocks without a vector are intra-coded and cost their texture.
+        FFmpeg exports the direction of a vector but not the frame that it refers to: the nearest
+        anchor is taken. If a block has a vector to the past only, it is the anchor before that if
+        that one fits better. Blocks without a vector are intra-coded and cost their texture.
         """
         here = _take(picture, self._here)
         backward = vectors["source"] < 0
@@ -169,7 +176,7 @@ class _Grid:
         total = self._motion_cost * (_unsteady(back) + _unsteady(ahead))
         by_back = (back != _NO_VECTOR) & bool(past)
         by_ahead = (ahead != _NO_VECTOR) & (future is not None)
-        # Blocks without a vector are their own prediction: nothing is left over of them.
+        # Blocks without a vector are their own prediction: they leave nothing over.
         predicted = np.where(by_back, self._compensated(past[0], back), here) if past else here
         if by_ahead.any():
             from_future = self._compensated(future, ahead)
@@ -185,8 +192,10 @@ class _Grid:
             left = left + _cells(bare) / (CELL // _FINE) ** 2 * self.texture(picture)
         return total + left
 
-    def _field(self, vectors: np.ndarray) -> np.ndarray:
-        """int32 [2r 2c]: displacements of one direction's vectors, packed, else _NO_VECTOR."""
+    def _field(
+        self, vectors: Shaped[np.ndarray, " vectors"]
+    ) -> Int32[np.ndarray, "quarter_rows quarter_columns"]:
+        """The packed displacements of one direction's vectors, else _NO_VECTOR."""
         rows, columns = self.rows * CELL // _FINE, self.columns * CELL // _FINE
         field = np.full(rows * columns, _NO_VECTOR, np.int32)
         if not len(vectors):
@@ -205,8 +214,12 @@ class _Grid:
                 field[row[good] * columns + column[good]] = packed[good]
         return field.reshape(rows, columns)
 
-    def _compensated(self, source: np.ndarray, packed: np.ndarray) -> np.ndarray:
-        """int16 [s s 2r 2c]: the samples that vectors point to, interpolated linearly."""
+    def _compensated(
+        self,
+        source: UInt8[np.ndarray, " pixels"],
+        packed: Int32[np.ndarray, "quarter_rows quarter_columns"],
+    ) -> Int16[np.ndarray, "inside inside quarter_rows quarter_columns"]:
+        """The samples that vectors point to, interpolated linearly."""
         dy = (packed + _HALF) >> 16
         dx = packed - (dy << 16)
         top = np.clip(self._top + (dy >> 2), 0, self._size[0] - _FINE - 1)
@@ -220,37 +233,52 @@ class _Grid:
         return (_QUARTERS * upper + y * (lower - upper) + 8) >> 4
 
 
-def _between(source: np.ndarray, at: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """int16: 4 times the value x quarters to the right of pixels `at`."""
+def _between(
+    source: UInt8[np.ndarray, " pixels"],
+    at: Integer[np.ndarray, "inside inside quarter_rows quarter_columns"],
+    x: Int16[np.ndarray, "quarter_rows quarter_columns"],
+) -> Int16[np.ndarray, "inside inside quarter_rows quarter_columns"]:
+    """4 times the value at x quarters of a pixel to the right of pixels `at`."""
     value = _take(source, at)
     if not x.any():
         return _QUARTERS * value
     return _QUARTERS * value + x * (_take(source[1:], at) - value)
 
 
-def _take(picture: np.ndarray, at: np.ndarray) -> np.ndarray:
+def _take(
+    picture: UInt8[np.ndarray, " pixels"], at: Integer[np.ndarray, "*any"]
+) -> Int16[np.ndarray, "*any"]:
     return picture.take(at).astype(np.int16)
 
 
-def _sum(samples: np.ndarray) -> np.ndarray:
-    """float32 [r c]: sums of samples [s s 2r 2c] over cells."""
+def _sum(
+    samples: Int16[np.ndarray, "inside inside quarter_rows quarter_columns"],
+) -> Float32[np.ndarray, "r c"]:
+    """Sums of samples over cells."""
     return _cells(samples.sum((0, 1), dtype=np.int32))
 
 
-def _cells(quarters: np.ndarray) -> np.ndarray:
-    """float32 [r c]: sums of [2r 2c] over the four quarters of cells."""
+def _cells(
+    quarters: Shaped[np.ndarray, "quarter_rows quarter_columns"],
+) -> Float32[np.ndarray, "r c"]:
+    """Sums over the four quarters of cells."""
     quarters = quarters.astype(np.float32)
     rows = quarters[0::2] + quarters[1::2]
     return rows[:, 0::2] + rows[:, 1::2]
 
 
-def _left_over(here: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """float32 [r c]: what a prediction leaves to be coded."""
+def _left_over(
+    here: Int16[np.ndarray, "inside inside quarter_rows quarter_columns"],
+    predicted: Int16[np.ndarray, "inside inside quarter_rows quarter_columns"],
+) -> Float32[np.ndarray, "r c"]:
+    """What a prediction leaves to be coded."""
     return _sum(np.maximum(np.abs(here - predicted) - np.int16(_DEAD_ZONE), 0))
 
 
-def _unsteady(field: np.ndarray) -> np.ndarray:
-    """float32 [r c]: quarters of a cell that move otherwise than the one left of or above."""
+def _unsteady(
+    field: Int32[np.ndarray, "quarter_rows quarter_columns"],
+) -> Float32[np.ndarray, "r c"]:
+    """The number of a cell's quarters that move otherwise than the one to the left or above."""
     changed = np.zeros(field.shape, bool)
     changed[:, 1:] = field[:, 1:] != field[:, :-1]
     changed[1:] |= field[1:] != field[:-1]

@@ -1,24 +1,28 @@
-"""Which frames of a clip are looked at, and how large its canvases are."""
+"""Which frames of a clip are sampled, and how large its canvases are."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Bool, Int64
 
 from ov2_jax.config.codec import CodecConfig
 
 MIN_PIXELS = 56 * 56
-_MAX_SHIFT = 4  # frames that a sample moves at most to leave a key frame
+_MAX_SHIFT = 4  # a sample moves at most this many frames to leave a key frame
 
 
-def sample_frames(num_frames: int, keyframes: Sequence[int], config: CodecConfig) -> np.ndarray:
-    """Frame numbers to look at: int64 [n], ascending, n = min(num_sampled_frames, num_frames).
+def sample_frames(
+    num_frames: int, keyframes: Sequence[float] | np.ndarray, config: CodecConfig
+) -> Int64[np.ndarray, " sampled"]:
+    """The numbers of min(num_sampled_frames, num_frames) frames, ascending.
 
-    Evenly spaced (linspace, cut down to whole numbers). With `avoid_keyframes` a sample on one of
-    `keyframes` (frame numbers) goes to the nearest frame within 4 that is none, the later of two
-    first. Samples that fell together are made up for by the unused other frames nearest to the
-    kept ones; of two equally near the one nearer to the middle of the clip, then the earlier one.
-    Key frames fill up, earliest first, if nothing else is left. Raises ValueError without frames.
+    They are evenly spaced (linspace, cut down to whole numbers). With `avoid_keyframes` a sample on
+    one of `keyframes` (frame numbers) moves to the nearest frame within 4 that is no key frame, the
+    later of two first. If samples fall together, they are replaced by unused frames that are no key
+    frames: the nearest to the kept ones first, of two equally near the one nearer to the middle of
+    the clip, then the earlier one. If none are left, key frames follow, earliest first. Raises
+    ValueError without frames.
     """
     if num_frames < 1:
         raise ValueError(f"num_frames is {num_frames}; a clip needs at least one frame.")
@@ -45,7 +49,7 @@ def sample_frames(num_frames: int, keyframes: Sequence[int], config: CodecConfig
     return np.sort(np.concatenate([kept, candidates[: n - len(kept)]]))
 
 
-def _off_keyframe(number: int, is_key: np.ndarray) -> int:
+def _off_keyframe(number: int, is_key: Bool[np.ndarray, " frames"]) -> int:
     if is_key[number]:
         for shift in range(1, _MAX_SHIFT + 1):
             for candidate in (number + shift, number - shift):
@@ -54,8 +58,10 @@ def _off_keyframe(number: int, is_key: np.ndarray) -> int:
     return number
 
 
-def frame_numbers(numbers: Sequence[int], name: str) -> np.ndarray:
-    """int64 frame numbers; raises ValueError for anything else, which `name` names."""
+def frame_numbers(
+    numbers: Sequence[float] | np.ndarray, name: str
+) -> Int64[np.ndarray, " numbers"]:
+    """The frame numbers as an array. Raises ValueError, with `name`, if they are none."""
     numbers = np.asarray(numbers)
     if numbers.size == 0:
         return np.zeros(0, np.int64)
@@ -68,10 +74,11 @@ def frame_numbers(numbers: Sequence[int], name: str) -> np.ndarray:
 
 
 def canvas_size(orig_hw: tuple[int, int], config: CodecConfig) -> tuple[int, int]:
-    """(H, W) of a canvas in pixels for a source of `orig_hw`: multiples of a block's side.
+    """(height, width) in pixels of a canvas for a source of `orig_hw`: multiples of a block's side.
 
-    Whether a source is too large is asked of the source, not of the rounded size; sources in the
-    gap keep their rounded size and may exceed max_pixels by a little, as in the released tool.
+    A source is too large if its own size is, not if its rounded size is. Sources between the two
+    keep their rounded size and may exceed max_pixels by a little, as in the released tool. Raises
+    ValueError if a side is below 1.
     """
     height, width = orig_hw
     if height < 1 or width < 1:

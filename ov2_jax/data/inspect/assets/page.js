@@ -147,7 +147,7 @@ function fromAddress() {
   if (!match || !report.samples[match[1]]) return;
   pick(Number(match[1]));
   const shown = document.querySelector(location.hash);
-  if (shown) shown.scrollIntoView(); // rows were drawn since the browser went there
+  if (shown) shown.scrollIntoView(); // the rows that were drawn meanwhile moved it
 }
 
 function hints() {
@@ -179,7 +179,7 @@ function player(box) {
   let group = 0, at = 0, timer = 0;
   [frame.width, frame.height] = [width, height];
 
-  // Where a block lies on its canvas, and on the sheet of the group's canvases.
+  // The place of a block: number of its canvas, x and y on it.
   const onCanvas = (k) => [Math.floor(k / area), (k % area) % columns * size, Math.floor((k % area) / columns) * size];
 
   function blocks(context, list, outline) {
@@ -252,7 +252,7 @@ function player(box) {
     drawCounts(g);
   }
 
-  // Beyond a group's last frame comes the next group's first.
+  // After the last frame of a group comes the first of the next group.
   function move(i) {
     if (i >= groups[group].frames.length) [group, i] = [(group + 1) % groups.length, 0];
     if (i < 0) {
@@ -276,7 +276,7 @@ function player(box) {
     timer = timer ? 0 : setInterval(() => move(at + 1), 220);
     find("play").textContent = timer ? "Pause" : "Play";
   });
-  // The frame of the first group that gives most blocks shows best what this is about.
+  // Start at the frame of the first group that has the most blocks.
   const parts = groups[0].frames.map((f, i) => (i === groups[0].anchor ? 0 : f.blocks.length));
   move(parts.indexOf(Math.max(...parts)));
   box.dataset.drawn = "yes";

@@ -1,8 +1,7 @@
 """Readers: files of one format each as random-access rows, behind one interface.
 
-A reader opens one file (or TFDS folder). What is wrong with the file's layout as a whole is a
-DataError on construction; what is wrong with one row, or with a part of a damaged file, is a
-SampleError when that row is read.
+A reader opens one file (or TFDS folder). If the file as a whole has a wrong layout, construction
+raises DataError; if one row is bad, or lies in a damaged part, reading that row raises SampleError.
 """
 
 from collections.abc import Mapping
@@ -32,7 +31,7 @@ class Reader(Protocol):
 
 
 def open_reader(source: SourceConfig, file: str) -> Reader:
-    """Raises DataError where the file cannot be used."""
+    """Raises DataError if the file cannot be used."""
     match source.kind:
         case "json" | "jsonl":
             return JsonReader(file, lines=source.kind == "jsonl")

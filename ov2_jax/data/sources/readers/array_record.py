@@ -8,7 +8,7 @@ from ov2_jax.data.rejected import SampleError
 
 
 class ArrayRecordReader:
-    """Records are checked for being JSON when they are parsed, not before.
+    """A record that is not JSON is found when it is parsed, not before.
 
     The library opens `gs://` and local paths only. A damaged file is one row that cannot be read.
     """
@@ -31,11 +31,11 @@ class ArrayRecordReader:
             )
 
     def _is_example(self) -> bool:
-        """Whether the first record starts as a protocol buffer (a newline) and not as JSON text."""
+        """Whether the first record starts like a protocol buffer (a newline), not like JSON."""
         try:
             record = self._source[0]
             return record[:1] == b"\x0a" and record.lstrip()[:1] != b"{"
-        except Exception:  # said when it is read
+        except Exception:  # reading it raises the error
             return False
 
     def __len__(self) -> int:
@@ -51,5 +51,5 @@ class ArrayRecordReader:
             )
         try:
             return self._source[index]
-        except Exception as error:  # whatever its decoders raise
+        except Exception as error:  # its decoders raise many classes
             raise SampleError("bad_shard", f"record {index + 1}: {describe(error)}") from error

@@ -1,15 +1,16 @@
-"""JSONL files by line and JSON lists by element, found again by byte offsets."""
+"""JSONL files by line and JSON lists by element, through an index of byte offsets."""
 
 import json
 
 import numpy as np
+from jaxtyping import Int64
 
 from ov2_jax.core.errors import DataError
 from ov2_jax.core.files import open_binary
 
 
-def _jsonl_index(file: str) -> np.ndarray:
-    """int64 [n, 3]: start and end byte and line number of every line that is not blank."""
+def _jsonl_index(file: str) -> Int64[np.ndarray, "records 3"]:
+    """Start byte, end byte and line number of every line that is not blank."""
     index, start = [], 0
     with open_binary(file) as lines:
         for number, line in enumerate(lines, 1):
@@ -19,8 +20,9 @@ def _jsonl_index(file: str) -> np.ndarray:
     return np.array(index, np.int64).reshape(-1, 3)
 
 
-def _json_index(file: str) -> np.ndarray:
-    """The same for the elements of one JSON list. A broken list has no known rest: DataError."""
+def _json_index(file: str) -> Int64[np.ndarray, "records 3"]:
+    """The same for the elements of one JSON list. Raises DataError if the list is broken, as the
+    elements behind the break cannot be found."""
     try:
         with open_binary(file) as opened:
             text = opened.read().decode("utf-8")
@@ -58,7 +60,7 @@ def _json_index(file: str) -> np.ndarray:
                 f"{file} is broken JSON: {error}. One sample a line (.jsonl) survives a broken "
                 "sample."
             ) from error
-        # Characters to bytes piece by piece; the file is read by bytes later.
+        # Characters are counted as bytes piece by piece, as reading seeks to bytes.
         byte += len(text[seen:at].encode())
         line += text.count("\n", seen, at)
         size = len(text[at:end].encode())
@@ -71,7 +73,7 @@ def _json_index(file: str) -> np.ndarray:
 
 
 class JsonReader:
-    """Holds byte offsets only, 24 bytes a sample."""
+    """Holds only byte offsets and line numbers, 24 bytes a sample."""
 
     def __init__(self, file: str, *, lines: bool) -> None:
         self._file = file
@@ -85,7 +87,7 @@ class JsonReader:
 
     def read(self, index: int) -> bytes:
         start, end = self._index[index, :2].tolist()
-        # Opened on every call: an open handle could be shared neither by threads nor by processes.
+        # Opened on every call: neither threads nor processes could share an open file.
         with open_binary(self._file) as file:
             file.seek(start)
             return file.read(end - start)

@@ -1,8 +1,8 @@
 """Parquet files: a row is found by its row group, which is read as a whole.
 
-Parquet cannot seek to a row. One row group is kept a thread, so reading in order decodes each
-once, while shuffled reading costs a row group a sample: keep row groups small (the Hugging Face
-Hub writes 100 rows with pictures), or prepare the data as ArrayRecord.
+Parquet cannot seek to a row. Each thread keeps one row group, so reading in order decodes each row
+group once, while shuffled reading decodes one for every sample. Keep row groups small (the Hugging
+Face Hub writes 100 rows with pictures), or write the data as ArrayRecord.
 """
 
 import threading
@@ -38,10 +38,10 @@ class ParquetReader:
                 columns = parquet.schema_arrow.names
                 if any(n < 0 for n in groups) or sum(groups) != parquet.metadata.num_rows:
                     raise ValueError(
-                        f"its row groups have {sum(groups)} rows, but it says "
+                        f"its row groups have {sum(groups)} rows, but its footer has "
                         f"{parquet.metadata.num_rows}"
                     )
-        except Exception as error:  # a damaged footer can be anything, also names of other bytes
+        except Exception as error:  # a damaged footer raises many classes, also UnicodeDecodeError
             groups, columns, self._broken = [1], ["messages"], describe(error)
         self._columns = layout_of(columns, file)[1]
         self._ends = np.cumsum(groups, dtype=np.int64)

@@ -1,10 +1,10 @@
 """WebDataset tars: the members of a name up to its first dot are one sample.
 
 Plain samples have a `json` member in a known layout (or a list of messages), or a `txt` caption,
-and pictures and clips beside it. Packed Energon samples (key `ps_...`) hold many samples: their
-json has `images`, `prompts` and `captions` by sample, and the members are `img{i}_{j}.jpg` and
-`.npy`, or `img{i}.jpg`; each comes out as a sample of its own. The tar must not be compressed: only
-then can members be found again. Member names are names, never paths that are opened.
+and members with its pictures and clips. A packed Energon sample (key `ps_...`) holds many samples:
+its json has `images`, `prompts` and `captions` by sample, and the members are `img{i}_{j}.jpg` and
+`.npy`, or `img{i}.jpg`; each becomes a sample of its own. The tar must not be compressed, because
+reading seeks to members. Member names are names, never paths that are opened.
 """
 
 import json
@@ -16,7 +16,7 @@ import numpy as np
 
 from ov2_jax.core.errors import DataError
 from ov2_jax.core.files import open_binary
-from ov2_jax.data.rejected import SampleError
+from ov2_jax.data.rejected import SampleError, bad_record
 from ov2_jax.data.sources.media import Embedded
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -25,13 +25,13 @@ _PACKED = "ps_"
 
 
 class _Member(NamedTuple):
-    part: str  # the name behind the key: `json`, `img0_1.jpg`
+    part: str  # the name after the key: `json`, `img0_1.jpg`
     start: int
     size: int
 
 
 class _Sample(NamedTuple):
-    """Members of one key; `number` is the sample's in a packed one, else None."""
+    """Members of one key; `number` is the place in a packed sample, None in a plain one."""
 
     key: str
     members: tuple[_Member, ...]
@@ -44,14 +44,10 @@ def _key(name: str) -> tuple[str, str]:
     return folder + slash + stem, part
 
 
-def _bad(detail: str) -> SampleError:
-    return SampleError("bad_record", detail)
-
-
 class TarReader:
-    """Scans the headers once, and the json members of packed samples, which tell their number.
+    """Reads all headers once, and the json members of packed samples, which have their number.
 
-    A tar that ends early gives the samples before its end, and one row that says so.
+    A tar that ends early gives the samples before its end, and one row that cannot be read.
     """
 
     def __init__(self, file: str) -> None:
@@ -64,7 +60,7 @@ class TarReader:
                 opened.seek(0)
                 with tarfile.open(fileobj=opened, mode="r:") as tar:
                     for info in tar:
-                        if info.size < 0:  # would lead back, for ever
+                        if info.size < 0:  # would lead back, forever
                             raise tarfile.ReadError(f"{info.name} has the size {info.size}")
                         if not info.isreg():
                             continue
@@ -73,12 +69,12 @@ class TarReader:
                                 f"{info.name} is stored as a sparse file; write it whole"
                             )
                         if info.offset_data + info.size > size:
-                            raise tarfile.ReadError(f"{info.name} ends behind the file's end")
+                            raise tarfile.ReadError(f"{info.name} ends after the file's end")
                         key, part = _key(info.name)
                         if not groups or groups[-1][0] != key:
                             groups.append((key, []))
                         groups[-1][1].append(_Member(part, info.offset_data, info.size))
-                    # tarfile takes a damaged header behind the first for the archive's end.
+                    # tarfile takes a damaged header after the first for the archive's end.
                     opened.seek(tar.offset)
                     if opened.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                         raise tarfile.ReadError(f"no header and no end mark at byte {tar.offset}")
@@ -86,14 +82,14 @@ class TarReader:
                 opened.seek(0)
                 if opened.read(2) == b"\x1f\x8b":
                     raise DataError(
-                        f"{file} is a compressed tar, in which nothing can be found again; "
-                        "unpack it to a plain .tar."
+                        f"{file} is a compressed tar, in which reading cannot seek; decompress it "
+                        "to a plain .tar."
                     ) from error
                 self._broken = str(error)
-                # Without the rest it is not known whether the last sample was whole.
+                # The last sample may lack members.
                 groups = groups[:-1]
             numbers = [self._numbers(opened, key, members) for key, members in groups]
-        # As arrays: millions of members as objects would not fit into every worker process.
+        # As arrays, since millions of objects would not fit into every worker process.
         members = [member for _, of_key in groups for member in of_key]
         self._keys = [key for key, _ in groups]
         self._ends = np.cumsum([len(of_key) for _, of_key in groups], dtype=np.int64)
@@ -115,7 +111,7 @@ class TarReader:
         return _Sample(self._keys[key], members, None if number < 0 else number)
 
     def _numbers(self, opened: Any, key: str, members: list[_Member]) -> list[int] | list[None]:
-        """The numbers of the samples in a packed one; [None] for a plain or unreadable one."""
+        """The numbers of the samples in a packed sample; [None] for a plain or unreadable one."""
         text = next((m for m in members if m.part == "json"), None)
         if not key.rpartition("/")[2].startswith(_PACKED) or text is None:
             return [None]
@@ -165,23 +161,23 @@ class TarReader:
                 try:
                     row = {"caption": data(members["txt"]).decode()}
                 except UnicodeDecodeError as error:
-                    raise _bad(f"{sample.key}.txt is not UTF-8 text") from error
+                    raise bad_record(f"{sample.key}.txt is not UTF-8 text") from error
             return _plain(row, sample, members, embedded)
 
 
 def _plain(row: Any, sample: _Sample, members: Mapping[str, _Member], embedded: Any) -> dict:
-    """The json row with the media members in its media's place, in the tar's order."""
+    """The json row with the media members in place of its media, in the tar's order."""
     if isinstance(row, list):
         row = {"messages": row}
     if not isinstance(row, Mapping):
-        raise _bad(f"{sample.key} has no json member with an object or messages, and no txt")
+        raise bad_record(f"{sample.key} has no json member with an object or messages, and no txt")
     row = {"id": sample.key, **row}
     for many, one, suffixes in (("images", "image", _IMAGES), ("videos", "video", _VIDEOS)):
         found = [name for name in members if name.rpartition(".")[2] in suffixes]
         named = row.get(many) if row.get(many) is not None else row.get(one)
         count = len(found) if named is None else len(named) if isinstance(named, list) else 1
         if count != len(found):
-            raise _bad(f"{sample.key}.json names {count} {many} and the tar holds {len(found)}")
+            raise bad_record(f"{sample.key}.json names {count} {many} and the tar has {len(found)}")
         for name in (many, one):
             row.pop(name, None)
         if found:
@@ -193,17 +189,21 @@ def _plain(row: Any, sample: _Sample, members: Mapping[str, _Member], embedded: 
 
 
 def _packed(row: Any, sample: _Sample, members: Mapping[str, _Member], embedded: Any) -> dict:
-    """Sample `number` of a packed one."""
+    """The sample `number` of a packed sample."""
     number = sample.number
     if number is None or not isinstance(row, Mapping):
-        raise _bad(f"{sample.key}.json needs `images`, `prompts` and `captions`, lists by sample")
+        raise bad_record(
+            f"{sample.key}.json needs `images`, `prompts` and `captions`, lists by sample"
+        )
 
     def of(name: str) -> Any:
         values = row.get(name)
         if values is None:
             return None
         if not isinstance(values, list) or len(values) != len(row["captions"]):
-            raise _bad(f"{sample.key}.json: {name} must be a list of one entry a sample")
+            raise bad_record(
+                f"{sample.key}.json: {name} must be a list with one entry for each sample"
+            )
         return values[number]
 
     def texts(name: str) -> list[Any]:
@@ -212,7 +212,7 @@ def _packed(row: Any, sample: _Sample, members: Mapping[str, _Member], embedded:
 
     prompts, captions = texts("prompts"), texts("captions")
     if len(prompts) != len(captions):
-        raise _bad(f"sample {number} has {len(prompts)} prompts and {len(captions)} captions")
+        raise bad_record(f"sample {number} has {len(prompts)} prompts and {len(captions)} captions")
     pairs = zip(prompts, captions, strict=True)
     turns = [
         {"role": role, "content": text}

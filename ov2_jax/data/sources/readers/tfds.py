@@ -1,4 +1,4 @@
-"""Data sets that TensorFlow Datasets has written as ArrayRecord, read without TensorFlow."""
+"""Data sets that TensorFlow Datasets wrote as ArrayRecord, read without TensorFlow."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ from ov2_jax.data.sources.media import Embedded
 class TfdsReader:
     """One split of a version's folder (the one with dataset_info.json and features.json).
 
-    Pictures come as the bytes that were stored; those in a sequence are decoded by TFDS.
+    Pictures are the stored bytes; pictures in a sequence are decoded by TFDS.
     """
 
     def __init__(self, folder: str, split: str) -> None:
@@ -22,8 +22,7 @@ class TfdsReader:
             import tensorflow_datasets as tfds
         except ImportError as error:
             raise DataError(
-                f"{folder} is to be read by TFDS, which is not installed; pip install "
-                "'ov2_jax[tfds]'."
+                f"{folder} needs TFDS, which is not installed; pip install 'ov2_jax[tfds]'."
             ) from error
         try:
             builder = tfds.builder_from_directory(folder)
@@ -34,9 +33,7 @@ class TfdsReader:
                 if isinstance(feature, tfds.features.Image)
             }
             self._source = builder.as_data_source(split, decoders=pictures)
-        except (
-            Exception
-        ) as error:  # TFDS raises many classes; all mean that there is nothing to read
+        except Exception as error:  # TFDS raises many classes; all mean that it cannot be read
             raise DataError(
                 f"{folder} cannot be read by TFDS as split {split!r}: {error}"
             ) from error
@@ -45,8 +42,8 @@ class TfdsReader:
         for name in self._columns:
             if isinstance(features[name], tfds.features.Video):
                 raise DataError(
-                    f"{folder} holds decoded frames in {name}, without their times; store clips "
-                    "as files and their paths as Text."
+                    f"{folder} has decoded frames in {name}, without their times; store clips as "
+                    "files and their paths as Text."
                 )
 
     def __len__(self) -> int:
@@ -61,12 +58,12 @@ class TfdsReader:
             return {name: _plain(row[name], self._features[name], name) for name in self._columns}
         except SampleError:
             raise
-        except Exception as error:  # whatever its decoders raise on damaged records
+        except Exception as error:  # its decoders raise many classes on damaged records
             raise SampleError("bad_shard", describe(error)) from error
 
 
 def _plain(value: Any, feature: Any, name: str) -> Any:
-    """A TFDS value as JSON would have it: text, numbers, lists of objects; pictures as they are."""
+    """A TFDS value as in JSON: text, numbers, lists of objects; pictures stay as they are."""
     import tensorflow_datasets as tfds
 
     match feature:
@@ -75,7 +72,7 @@ def _plain(value: Any, feature: Any, name: str) -> Any:
         case tfds.features.FeaturesDict():
             return {key: _plain(value[key], inner, key) for key, inner in feature.items()}
         case tfds.features.Sequence(feature=tfds.features.FeaturesDict() as inner):
-            # TFDS turns a list of objects into an object of lists.
+            # TFDS stores a list of objects as an object of lists.
             columns = {key: _plain_list(value[key], inner[key], key) for key in inner}
             return [
                 dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)

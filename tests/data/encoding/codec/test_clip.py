@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -26,6 +28,7 @@ from ov2_jax.data.encoding.codec.clip import block_order
 from ov2_jax.data.encoding.codec.energy import EnergyMeter
 from ov2_jax.data.encoding.images import patch_positions, patchify
 from ov2_jax.data.rejected import SampleError
+from tests.programs import REPOSITORY
 
 CONFIG = CodecConfig(num_sampled_frames=48, group_size=16, max_pixels=30_000, max_group_frames=24)
 H, W, FRAMES = 144, 192, 60
@@ -244,7 +247,7 @@ def test_frames_have_positions_each_and_are_resized(assets, tmp_path):
     assert changed.tolist() == [i == 2 for i in range(7)]
 
 
-def test_damaged_assets_are_set_aside(assets, tmp_path):
+def test_damaged_assets_are_rejected(assets, tmp_path):
     names, where, _ = assets
     good = np.load(where)
     index = np.arange(len(good))[:, None]
@@ -281,7 +284,7 @@ def test_damaged_assets_are_set_aside(assets, tmp_path):
 # --- bad clips ------------------------------------------------------------------------------------
 
 
-def test_bad_clips_are_set_aside(clips, tmp_path):
+def test_bad_clips_are_rejected(clips, tmp_path):
     with pytest.raises(SampleError, match="missing_file"):
         read(tmp_path / "nowhere.mp4")
     (tmp_path / "empty.mp4").write_bytes(b"")
@@ -326,21 +329,22 @@ def test_time_limit(clips):
         read_codec_clip(clips["libx264"], CONFIG, timeout_s=1e-4)
 
 
-def test_benchmark_measures(clips, tmp_path, capsys):
-    """The benchmark's own path, with the stream's scores as the truth: overlap is then 1."""
-    both = codec_signal._Both()
+def test_benchmark_measures(clips, tmp_path):
+    """The benchmark's program, with the stream's scores as the true ones: overlap is then 1."""
+    stream = codec_signal.KeptScores()
     config = CodecConfig(num_sampled_frames=60, max_pixels=30_000)
-    read(clips["libx264"], config, scores=both)
-    kept = np.stack([both.kept[i] for i in range(FRAMES)])
+    read(clips["libx264"], config, scores=stream)
+    kept = np.stack([stream.kept[i] for i in range(FRAMES)])
     np.savez(tmp_path / "bits.npz", bit_cost=kept)
+    program = [sys.executable, "benchmarks/codec_signal.py", clips["libx264"]]
     arguments = ["--frames=60", "--max-pixels=30000", "--rounds=1"]
-    result = codec_signal.main(
-        [clips["libx264"], f"--bit-cost={tmp_path / 'bits.npz'}", *arguments]
-    )
+    command = [*program, f"--bit-cost={tmp_path / 'bits.npz'}", *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)
+    assert result["clip"] == "libx264.mp4"
     assert result["overlap"] == result["selected_overlap"] == 1
     assert result["spearman"] == pytest.approx(1)
     assert result["frames"] == result["sampled"] == FRAMES and result["ratio"] > 0
-    assert json.loads(capsys.readouterr().out) == result
 
 
 def test_a_clip_reads_alike_every_time(clips):

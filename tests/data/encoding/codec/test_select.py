@@ -6,9 +6,10 @@ import json
 import numpy as np
 import pytest
 
+from ov2_jax.config.build import data_config_from
 from ov2_jax.core.errors import ConfigError
 from ov2_jax.data.encoding.codec import CodecConfig, TooFewFrames, select_patches
-from ov2_jax.data.encoding.codec.bad import is_bad_frame
+from ov2_jax.data.encoding.codec.bad_frames import is_bad_frame
 from ov2_jax.data.encoding.codec.frames import canvas_size, sample_frames
 from tests.golden_cases import GOLDEN
 
@@ -341,7 +342,7 @@ def test_contradicting_input_is_refused(change, message):
     "change",
     [
         {"num_sampled_frames": 0},
-        {"patch": 14.0},
+        {"patch": True},
         {"min_group_frames": 3},
         {"max_group_frames": 7},
         {"max_canvases": 3},
@@ -352,6 +353,11 @@ def test_contradicting_input_is_refused(change, message):
 def test_config_is_checked(change):
     with pytest.raises(ConfigError, match=f"codec.{next(iter(change))} is"):
         CodecConfig(**change)
+
+
+def test_sizes_of_a_config_file_are_whole_numbers():
+    with pytest.raises(ConfigError, match="codec.patch is 14.0"):
+        data_config_from({"codec": {"patch": 14.0}})
 
 
 # --- bad frames -----------------------------------------------------------------------------------

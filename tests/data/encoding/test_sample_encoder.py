@@ -6,10 +6,12 @@ import pickle
 import numpy as np
 import pytest
 
+from configs import quickstart
+from ov2_jax.config.build import data_config_from, experiment_from
 from ov2_jax.config.data import DataConfig, SourceConfig
 from ov2_jax.config.pack import PackConfig
 from ov2_jax.core.errors import ConfigError
-from ov2_jax.data.encoding.encode import EncodedSample, SampleEncoder
+from ov2_jax.data.encoding.sample_encoder import EncodedSample, SampleEncoder
 from ov2_jax.data.rejected import REASONS, Rejected, SampleError
 from ov2_jax.data.sources.records import RawRecord
 from tests.data.files import chat, clip, picture
@@ -232,7 +234,6 @@ def test_the_encoder_can_be_sent_to_workers(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"sources": ("a.jsonl",)}, "data.sources is"),
         ({"min_pixels": 0}, "data.min_pixels is 0"),
         ({"min_pixels": 10, "max_pixels": 5}, "data.max_pixels is 5; it must be at least 10"),
         ({"frame_max_pixels": 100}, "data.frame_max_pixels is 100"),
@@ -252,13 +253,22 @@ def test_bad_data_configs(changes, words):
         DataConfig(**({"sources": (SourceConfig("a.jsonl"),)} | changes))
 
 
+def test_sections_of_other_forms_are_refused():
+    with pytest.raises(ConfigError, match="data.sources.0. is 'a.jsonl'"):
+        data_config_from({"sources": ["a.jsonl"]})
+    config = quickstart.get_config()
+    config.pack.vision_rows = ((2, 8, 1),)
+    with pytest.raises(ConfigError, match="pack.vision_rows.0. is .2, 8, 1.; it must have 2"):
+        experiment_from(config, needs_workdir=False)
+
+
 def test_bad_source_and_pack_configs():
     with pytest.raises(ConfigError, match="source.path is .a.csv"):
         SourceConfig("a.csv")
     for arguments, words in (
         ((0, 10), "pack.rows is 0"),
         ((1, 0), "pack.seq_len is 0"),
-        ((1, 10, ((2, 8, 1),)), "pairs of"),
+        ((1, 10, ((2, -8),)), "pairs of"),
         ((1, 10, ((2, 16), (2, 8))), "sorted by"),
         ((1, 10, ((2, 8), (1, 8))), "each length once"),
         ((1, 10, (), 0), "pack.max_samples_per_row is 0"),

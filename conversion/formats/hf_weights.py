@@ -1,12 +1,13 @@
-"""A Hugging Face folder seen as our parameters: checked by the key table, read by the slice."""
+"""The weights of a Hugging Face folder as our parameters, checked by the key table."""
 
-import itertools
 from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
+from jaxtyping import Shaped
 
 from conversion.errors import ConversionError, listing
+from conversion.formats.regions import Region, bounds, overlaps
 from conversion.formats.safetensors_io import (
     WEIGHT_DTYPES,
     SafetensorsFolder,
@@ -14,11 +15,8 @@ from conversion.formats.safetensors_io import (
     copy_into,
     weight_dtype,
 )
-from conversion.keys import Entry, Leaf, Path, as_ours, leaves
+from conversion.keys import Config, Entry, Leaf, ParamPath, as_ours, leaves
 from ov2_jax.config.hf import load_config
-from ov2_jax.config.model import ModelConfig, VisionConfig
-
-Index = tuple[slice, ...]
 
 
 def check_keys(table: Mapping[str, Entry], tensors: Mapping[str, TensorSpec], where: str) -> None:
@@ -54,52 +52,18 @@ def check_keys(table: Mapping[str, Entry], tensors: Mapping[str, TensorSpec], wh
         raise ConversionError("\n".join([f"{where} does not fit its config.json.", *problems]))
 
 
-def bounds(index: slice, size: int) -> tuple[int, int]:
-    """Start and stop of a slice of step 1 over an axis of `size`."""
-    start, stop, step = index.indices(size)
-    assert step == 1, index
-    return start, stop
-
-
-def overlaps(leaf: Leaf, index: Index) -> list[tuple[Entry, Index, tuple[int | slice, ...]]]:
-    """The Hugging Face tensors that the region `index` of a leaf touches.
-
-    Yields (entry, region within the entry in our orientation, the same region within
-    `leaf[index]`), so that `leaf[index][third] == as_ours(entry, tensor)[second]`.
-    """
-    found = []
-    ranges = [bounds(s, n) for s, n in zip(index, leaf.shape, strict=True)]
-    outer, inner = ranges[: len(leaf.lead)], ranges[len(leaf.lead) :]
-    own = tuple(slice(a, b) for a, b in inner[:-1])
-    for place in itertools.product(*(range(*r) for r in outer)):
-        lead = tuple(n - start for n, (start, _) in zip(place, outer, strict=True))
-        for entry in leaf.by_lead[place]:
-            low = max(inner[-1][0], entry.last_axis.start)
-            high = min(inner[-1][1], entry.last_axis.stop)
-            if low >= high:
-                continue
-            found.append(
-                (
-                    entry,
-                    (*own, slice(low - entry.last_axis.start, high - entry.last_axis.start)),
-                    (*lead, ..., slice(low - inner[-1][0], high - inner[-1][0])),
-                )
-            )
-    return found
-
-
-class HFSource:
+class HFWeights:
     """The weights of a Hugging Face folder, addressed as our parameters.
 
-    Reads nothing but headers until `read` is called. Raises ConversionError if the folder's keys,
+    Only headers are read until `read` is called. Raises ConversionError if the folder's keys,
     shapes or dtypes don't fit its config.json.
     """
 
     def __init__(self, folder: epath.PathLike, dtype: str | None = None) -> None:
-        """`dtype`: what everything is cast to; None keeps each tensor's own."""
+        """`dtype`: cast all weights to this; None keeps each tensor's own."""
         self.folder = folder
-        self.config: ModelConfig | VisionConfig = load_config(folder)
-        self.leaves: dict[Path, Leaf] = leaves(self.config)
+        self.config: Config = load_config(folder)
+        self.leaves: dict[ParamPath, Leaf] = leaves(self.config)
         self._weights = SafetensorsFolder(folder)
         table = {e.key: e for leaf in self.leaves.values() for e in leaf.entries}
         check_keys(table, self._weights.tensors, str(folder))
@@ -123,8 +87,8 @@ class HFSource:
                 )
             )
 
-    def dtype(self, path: Path) -> np.dtype:
-        """The dtype that `read` gives for a leaf."""
+    def dtype(self, path: ParamPath) -> np.dtype:
+        """The dtype of what `read` returns for a leaf."""
         if self._cast is not None:
             return self._cast
         return self._weights.tensors[self.leaves[path].entries[0].key].dtype
@@ -132,14 +96,14 @@ class HFSource:
     def nbytes(self) -> int:
         return sum(leaf.size * self.dtype(path).itemsize for path, leaf in self.leaves.items())
 
-    def read(self, path: Path, index: Index | None = None) -> np.ndarray:
-        """A region of a leaf (all of it without `index`), in memory of its own."""
+    def read(self, path: ParamPath, region: Region | None = None) -> Shaped[np.ndarray, "..."]:
+        """A region of a leaf (all of it without `region`), as an array with memory of its own."""
         leaf = self.leaves[path]
-        if index is None:
-            index = tuple(slice(0, n) for n in leaf.shape)
-        sizes = [bounds(s, n) for s, n in zip(index, leaf.shape, strict=True)]
+        if region is None:
+            region = tuple(slice(0, n) for n in leaf.shape)
+        sizes = [bounds(s, n) for s, n in zip(region, leaf.shape, strict=True)]
         out = np.empty([stop - start for start, stop in sizes], self.dtype(path))
-        for entry, source, target in overlaps(leaf, index):
+        for entry, in_entry, in_region in overlaps(leaf, region):
             tensor = as_ours(entry, self._weights.array(entry.key))
-            copy_into(out[target], tensor[source])
+            copy_into(out[in_region], tensor[in_entry])
         return out

@@ -1,6 +1,7 @@
 """Frames that show nothing: black, of one colour, or the green that a decoder leaves behind."""
 
 import numpy as np
+from jaxtyping import UInt8
 
 _BLACK_MEAN, _BLACK_STD = 8.0, 6.0
 _FLAT_STD, _FLAT_RANGE = 4.0, 12.0
@@ -8,19 +9,19 @@ _GREEN, _NOT_GREEN, _GREEN_SHARE = 180, 90, 0.35
 _GREEN_MEAN, _GREEN_LEAD, _GREEN_STD = 120.0, 80.0, 50.0
 
 
-def luma(rgb: np.ndarray) -> np.ndarray:
-    """uint8 [H W] brightness of uint8 [H W 3], BT.601 in OpenCV's fixed-point arithmetic."""
+def luma(rgb: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "height width"]:
+    """Brightness, BT.601 in OpenCV's fixed-point arithmetic."""
     red, green, blue = (rgb[..., i].astype(np.int32) for i in range(3))
     return ((4899 * red + 9617 * green + 1868 * blue + 8192) >> 14).astype(np.uint8)
 
 
 def is_bad_frame(rgb: np.ndarray) -> bool:
-    """Whether the released tool would refuse to choose from this frame: uint8 [H W 3], RGB.
+    """Whether the released tool would not choose from this frame, RGB uint8 [height width 3].
 
     The limits are the tool's: black (mean brightness at most 8, deviation at most 6), flat
     (deviation of brightness and of every channel at most 4, range at most 12), at least 35 % of
-    strongly green pixels, or green all over with little texture. Raises ValueError for another
-    form.
+    strongly green pixels, or green all over with little texture. Raises ValueError for an array
+    of another form.
     """
     if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8 or 0 in rgb.shape:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Codec-style clips, ready-made canvases and exact lengths on the loader's road."""
+"""Codec-style clips, ready-made canvases and exact lengths, from the record to the pack."""
 
 from collections import Counter
 
@@ -16,7 +16,7 @@ from ov2_jax.data.encoding.codec import (
     select_patches,
     time_runs,
 )
-from ov2_jax.data.encoding.encode import SampleEncoder
+from ov2_jax.data.encoding.sample_encoder import SampleEncoder
 from ov2_jax.data.loader.loader import make_loader
 from ov2_jax.data.packing.build import build_pack
 from ov2_jax.data.packing.placement import place_pack
@@ -24,7 +24,7 @@ from ov2_jax.data.rejected import Rejected
 from ov2_jax.data.sample import EncodedSample, SampleSize
 from ov2_jax.data.sources.index import RecordSource
 from ov2_jax.data.sources.media import Section
-from ov2_jax.data.sources.records import parse_record
+from ov2_jax.data.sources.parsing import parse_record
 from tests.data.encoding.codec.test_clip import write
 from tests.data.files import chat, clip, picture, write_jsonl
 from tests.tiny import PAD, data_config, tiny_model, tokenizer
@@ -206,7 +206,7 @@ def test_a_section_is_read_codec_style(root, tmp_path):
         ({"fps": [1, 2]}, "bad_record"),
     ],
 )
-def test_bad_canvases_are_set_aside(root, tmp_path, change, reason):
+def test_bad_canvases_are_rejected(root, tmp_path, change, reason):
     path = write_jsonl(tmp_path / "a.jsonl", [SAMPLES["canvases"] | change])
     sources = (SourceConfig(str(path), str(root)),)
     got = SampleEncoder(data_config(sources=sources), tiny_model(), tokenizer())(
@@ -218,7 +218,7 @@ def test_bad_canvases_are_set_aside(root, tmp_path, change, reason):
 @pytest.mark.parametrize("video", ["codec", "uniform"])
 @pytest.mark.parametrize("name", SAMPLES)
 def test_lengths_are_known_without_pixels(root, name, video):
-    """`measure` says exactly what encoding gives, rejections included."""
+    """`measure` gives exactly the length of the encoded sample, rejections included."""
     for pack in (None, PACK, PackConfig(2, 320, ((4, 640), (2, 2560))), PackConfig(2, 2048)):
         for on_long in ("reject", "drop_rounds"):
             if video == "codec" and pack and not pack.vision_rows:

@@ -1,4 +1,4 @@
-"""The program behind launch/plan.py: checks, compiles, prints, writes."""
+"""The `main` of launch/plan.py: checks, compiles, prints, writes."""
 
 import pathlib
 import re
@@ -11,12 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from launch.accelerators import Gpu, LaunchError, Tpu, parse_accelerator
-from launch.planner import show
+from launch.accelerators import Gpu, Tpu, parse_accelerator
+from launch.errors import LaunchError
+from launch.planner import libtpu, show
 from launch.planner.chips import GIB
-from launch.planner.compiling import measure, shared_arguments
-from launch.planner.environment import libtpu_version
-from launch.planner.experiment import check, planned_experiment
+from launch.planner.compiling import run_in_process, shared_arguments
+from launch.planner.experiment import check_slice, experiment_to_plan
 from launch.planner.report import report
 from launch.planner.search import Candidate, candidates, rank
 from ov2_jax.config.experiment import Experiment
@@ -24,18 +24,18 @@ from ov2_jax.core.errors import UserError
 from ov2_jax.core.program import Given
 
 
-def slice_of(text: str) -> Tpu:
-    """Raises LaunchError for what cannot be planned."""
+def parse_slice(text: str) -> Tpu:
+    """Parses --topology; raises LaunchError for GPUs and several slices."""
     if re.search(r"[*,+@ ]|^\d+x?v", text):
         raise LaunchError(
-            f"--topology is {text!r}; several slices cannot be planned, only one: plan a slice "
-            "with its share of global_rows and mesh.data=1. Between slices only gradients travel."
+            f"--topology is {text!r}; several slices cannot be planned: plan one slice with its "
+            "share of global_rows and mesh.data=1. Between slices only gradients travel."
         )
     kind = parse_accelerator(text)
     if isinstance(kind, Gpu):
         raise LaunchError(
             f"--topology is {text!r}, a GPU; the compiler for GPUs needs one, so plans are for "
-            "TPU slices, as v5p:4x4x8."
+            "TPU slices, for example v5p:4x4x8."
         )
     return kind
 
@@ -50,27 +50,28 @@ def _folder(out: str | None) -> pathlib.Path | None:
 
 
 class Planner:
-    """Compiles candidates of one command line and shows what it is doing."""
+    """Makes the plans of one command line and shows its progress."""
 
     def __init__(self, tpu: Tpu, title: str, console: Console) -> None:
         self._tpu, self._title, self._console = tpu, title, console
         self._arguments = shared_arguments(sys.argv[1:])
         self._command = shlex.join(["python", "-m", "launch.plan", *sys.argv[1:]])
 
-    def plan(self, what: str, extra: Sequence[str] = ()) -> dict[str, Any]:
+    def plan(self, label: str, extra: Sequence[str] = ()) -> dict[str, Any]:
+        """Compiles with the command line's arguments and `extra`; returns the plan."""
         columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
         with Progress(*columns, console=self._console, transient=True) as progress:
-            progress.add_task(f"compiling {what}", total=None)
-            measured = measure(self._tpu, [*self._arguments, *extra])
+            progress.add_task(f"compiling {label}", total=None)
+            measured = run_in_process(self._tpu, [*self._arguments, *extra])
         return report(measured, self._title, self._command)
 
     def search(
         self, experiment: Experiment, most: int
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """(the best plan, a row of each candidate); raises LaunchError where all failed."""
+        """(the best plan, a row for each candidate); raises LaunchError if all failed."""
         tried, more = candidates(experiment, self._tpu, most)
         if more:
-            self._console.print(f"{more} further candidates are left out (--candidates).")
+            self._console.print(f"{more} further candidates are not compiled (--candidates).")
         best: dict[str, Any] | None = None
         rows = []
         for number, candidate in enumerate(tried, 1):
@@ -111,12 +112,12 @@ def _failed(candidate: Candidate, error: str) -> dict[str, Any]:
 
 def main(given: Given) -> int:
     console = Console(stderr=True)
-    tpu = slice_of(given.topology)
-    experiment = planned_experiment(given.config)
+    tpu = parse_slice(given.topology)
+    experiment = experiment_to_plan(given.config)
     out = _folder(given.out)
     if not given.search:
-        check(experiment, tpu)
-    version = libtpu_version()
+        check_slice(experiment, tpu)
+    version = libtpu.installed_version()
     planner = Planner(tpu, given.config_file.stem, console)
     rows: list[dict[str, Any]] = []
     if given.search:
