@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Float32, Int
 from safetensors.numpy import load_file
 
 from conversion.keys import Transform, key_table
@@ -19,10 +20,10 @@ MODELS = (*DENSE, "moe")
 
 
 class Sample(NamedTuple):
-    tokens: np.ndarray  # [n]
-    targets: np.ndarray  # [n], already shifted
-    patches: np.ndarray  # float32 [P C*p*p]
-    positions: np.ndarray  # [P 3]
+    tokens: Int[np.ndarray, " n"]
+    targets: Int[np.ndarray, " n"]  # already shifted
+    patches: Float32[np.ndarray, "P values"]
+    positions: Int[np.ndarray, "P 3"]
     windows: list[int]  # patches of each attention window
 
 
@@ -30,11 +31,11 @@ class Case(NamedTuple):
     config: ModelConfig
     params: dict
     samples: list[Sample]
-    expected: dict[str, np.ndarray]
+    expected: dict[str, Float[np.ndarray, "..."]]
 
 
-def windows_of(grid_thw: np.ndarray, frames: int) -> list[int]:
-    """The window rule written down once more, independently of the package."""
+def windows_of(grid_thw: list[list[int]], frames: int) -> list[int]:
+    """The rule for windows, written independently of the package."""
     return [min(frames, t - i) * h * w for t, h, w in grid_thw for i in range(0, t, frames)]
 
 
@@ -64,8 +65,13 @@ def load_case(name: str) -> Case:
     return Case(config, params, samples, _by_expert(expected))
 
 
-def _by_expert(expected: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Fused gradients of experts ([E 2F D], gate rows first; [E D F]) by the checkpoint's keys."""
+def _by_expert(
+    expected: dict[str, Float[np.ndarray, "..."]],
+) -> dict[str, Float[np.ndarray, "..."]]:
+    """Splits the fused gradients of experts into those of the checkpoint's keys.
+
+    They are [E 2F D], gate rows first, and [E D F].
+    """
     found = {}
     for name, value in expected.items():
         where, _, kind = name.rpartition(".")
@@ -89,7 +95,8 @@ def pack(
 ) -> Batch:
     """One pack: samples in `order`, text rows of `text_row` and vision rows of `vision_row`.
 
-    By default everything shares one row of the exact length. Rows fill up in order, windows whole.
+    By default everything shares one row of the exact length. Rows are filled in order, with whole
+    windows.
     """
     samples = [samples[i] for i in order]
     length = text_row or sum(len(s.tokens) for s in samples)
@@ -141,7 +148,7 @@ def pack(
     return rows._replace(vision=(vision,) if sizes else ())
 
 
-def hf_tensors(config: ModelConfig, tree: dict) -> dict[str, np.ndarray]:
+def hf_tensors(config: ModelConfig, tree: dict) -> dict[str, Float[np.ndarray, "..."]]:
     """Our tree (parameters or gradients) as Hugging Face tensors, by their keys."""
     tensors = {}
     for entry in key_table(config):

@@ -1,7 +1,7 @@
 """The type checker that the tests run with: beartype, which jaxtyping asks about shapes.
 
-jaxtyping's import hook checks calls of functions. `check_named_tuples` does the same for the fields
-of NamedTuples such as Batch: arrays must have the annotated shapes, with one size for each letter in
+jaxtyping's import hook checks calls of functions. `check_named_tuples` does the same for fields of
+NamedTuples such as Batch: arrays must have the annotated shapes, with one size for each letter in
 one tuple.
 """
 

@@ -60,6 +60,17 @@ def check_mesh(sizes: Mapping[str, int], model: ModelConfig, pack: PackConfig) -
         )
 
 
+def _check_profile_steps(profile_steps: tuple[int, ...], steps: int) -> None:
+    """() for none, or the first and the last step of a trace; raises ConfigError."""
+    if not profile_steps:
+        return
+    if len(profile_steps) != 2 or not 1 < profile_steps[0] <= profile_steps[1] <= steps:
+        raise ConfigError(
+            f"profile_steps is {profile_steps}; it must be () or (first, last) with 1 < first <= "
+            f"last <= steps {steps}: the time of a run's first step is the compiler's."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """When to save, and what to keep: the newest `keep_last`, and every `keep_every`-th step."""
@@ -120,7 +131,7 @@ class Experiment:
         for name in ("steps", "global_rows", "grad_accum", "max_skipped_in_a_row"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        check_profile_steps(self.profile_steps, self.steps)
+        _check_profile_steps(self.profile_steps, self.steps)
         if self.loss_reduction not in REDUCTIONS:
             raise ConfigError(
                 f"loss_reduction is {self.loss_reduction!r}; it must be one of {REDUCTIONS}."
@@ -162,14 +173,3 @@ class Experiment:
             raise ConfigError(
                 f"The mesh's {shards} data shards do not divide over {shares} processes."
             )
-
-
-def check_profile_steps(profile_steps: tuple[int, ...], steps: int) -> None:
-    """() for none, or the first and the last step of a trace; raises ConfigError."""
-    if not profile_steps:
-        return
-    if len(profile_steps) != 2 or not 1 < profile_steps[0] <= profile_steps[1] <= steps:
-        raise ConfigError(
-            f"profile_steps is {profile_steps}; it must be () or (first, last) with 1 < first <= "
-            f"last <= steps {steps}: the first step of a run is the compiler's."
-        )

@@ -132,5 +132,5 @@ def test_a_folder_without_config_is_refused(tmp_path):
         load_config(tmp_path)
     with pytest.raises(ConfigError, match="The model size is '7b'"):
         model_config("7b")
-    with pytest.raises(ConfigError, match=r"text_config\.vocab_size must be positive"):
+    with pytest.raises(ConfigError, match=r"text_config\.vocab_size is 0; it must be positive"):
         TextConfig(0, 1, 1, 1, 1, 1)

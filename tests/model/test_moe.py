@@ -384,7 +384,10 @@ def test_config_reads_both_transformers_forms_and_what_it_writes():
         ({"text_config.num_local_experts": 0}, "num_experts is 0; it must be positive"),
         ({"text_config.num_experts_per_tok": 7}, "num_experts_per_tok 7 is more than num_exp"),
         ({"text_config.num_experts_per_tok": None}, "lacks num_experts_per_tok"),
-        ({"text_config.moe_intermediate_size": -1}, "moe_intermediate_size must be positive"),
+        (
+            {"text_config.moe_intermediate_size": -1},
+            "moe_intermediate_size is -1; it must be posit",
+        ),
         ({"text_config.model_type": "qwen3"}, "text_config.model_type is 'qwen3'"),
         ({"model_type": "llava_onevision2"}, "text_config.model_type is 'qwen3_moe'"),
         ({"router_aux_loss_coef": -0.1}, "must not be negative"),
