@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
             "pack": {
                 "rows": 8,
                 "seq_len": 128,
-                # Pictures have 8 to 32 patches, windows of clips up to 64. 13 rows beside 1024
+                # Pictures have 8 to 32 patches, windows of clips up to 64. 13 rows next to 1024
                 # tokens is the share of patches in the data: both are then filled.
                 "vision_rows": ((13, 64),),
             },

@@ -37,7 +37,8 @@ class SourceConfig:
         core/files.py). For TensorFlow Datasets the folder of a version.
       root: the folder that the samples' media paths are relative to, the file's own folder unless
         set. No path may lead out of it.
-      name: what metrics and sample ids call the data set; the file's name unless set.
+      name: what metrics and sample ids call the data set; unless set, the name of the file or of
+        the TFDS data set.
       format: a value of FORMATS, which the suffix gives unless set, or "tfds" for a folder that
         TensorFlow Datasets wrote.
       split: of a TFDS folder; "train" unless set.

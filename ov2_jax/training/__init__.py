@@ -11,4 +11,6 @@
     export.py       the Hugging Face files that a run keeps (the only module that needs conversion)
     hosts/          several processes, signals, memory, compiled programs
     monitoring/     metrics, FLOPs, heartbeat, profile
+
+docs/training.md has the commands, the metrics and the files of a run.
 """

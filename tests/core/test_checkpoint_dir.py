@@ -1,4 +1,4 @@
-"""What counts as a checkpoint, and what is said where there is none."""
+"""What counts as a checkpoint, and the errors if there is none."""
 
 import numpy as np
 import orbax.checkpoint as ocp

@@ -23,7 +23,7 @@ def picture(path: Path, height: int, width: int, seed: int = 0) -> Path:
 def clip(
     path: Path, frames: int, rate: int, codec: str = "libx264", height: int = 48, width: int = 64
 ) -> Path:
-    """Frame i is a flat grey of value about 4*i + 20, so that a frame tells its number."""
+    """Frame i is a flat grey of value about 4*i + 20, which gives its number."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)

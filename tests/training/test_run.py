@@ -152,8 +152,8 @@ def test_two_processes_make_one_run(tmp_path, data):
             )
             for n in ("0", "1")
         ]
-        said = [program.end() for program in programs]
-    assert "Starting at step 0 on fsdp 8" in said[0]
+        logs = [program.end() for program in programs]
+    assert "Starting at step 0 on fsdp 8" in logs[0]
     got = losses(tmp_path / "run")
     assert list(got) == [1, 2, 3, 4] and all(np.isfinite(list(got.values())))
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])

@@ -100,7 +100,7 @@ def facts_of(encoded: Any) -> dict[str, Any]:
 
 
 def _peak_kib(*, anew: bool = False) -> int:
-    """The most memory so far, and from now on if it is to start anew. Only Linux tells."""
+    """The most memory so far; with `anew`, counting starts again. Only Linux has it."""
     status = Path("/proc/self/status")
     if not status.exists():
         return 0

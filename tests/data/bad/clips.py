@@ -95,7 +95,7 @@ def _set(data: bytes, box: bytes, offset: int, value: bytes, which: int = 0) -> 
 
 
 def _turned(data: bytes) -> bytes:
-    """The track's matrix says: turn by 90 degrees."""
+    """The track's matrix turns pictures by 90 degrees."""
     matrix = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
     return _set(data, b"tkhd", 40, matrix)
 
@@ -138,7 +138,7 @@ def _damaged() -> dict[str, tuple[bytes, tuple[str, ...], dict]]:
                 (*_EITHER, "bad_aspect", "too_long"),
                 {},
             )
-    # H.264's decoder says of most frames that it had to mend them, though not of all.
+    # H.264's decoder reports most of the frames that it had to mend, not all.
     busy = clip(options={"movflags": "faststart"}, busy=True)
     for seed in range(4):
         cases[f"mended{seed}.mp4"] = flip(busy, seed, 0.3, 0.8, bits=60), _BAD, {}

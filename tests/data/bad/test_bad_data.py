@@ -23,7 +23,7 @@ from tests.data.bad.shards import shard_cases
 from tests.programs import REPOSITORY
 from tests.tiny import tiny_model, tokenizer
 
-# Damaged clips: what decodes may be less than what the header says.
+# Damaged clips: fewer frames may decode than the header states.
 _CUT = ("clip cut", "clip flip", "codec cut", "codec flip")
 MIB = 900  # the largest picture that is decoded takes 2 x 340 MB
 
@@ -99,12 +99,12 @@ def _problem(case: Case, result: dict[str, Any]) -> str:
 
 
 def _where(result: dict[str, Any], folder: Path, place: dict[str, Any]) -> str:
-    """Whether a rejection says where it is and what it is about."""
+    """What is wrong with a rejection's place and detail, or nothing."""
     if result["outcome"] == OK:
         return ""
     row = json.loads(json.dumps(result))
     if row["file"] != str(folder / place["path"]) or row["line"] != place["line"] + 1:
-        return f"said to be at {row['file']} line {row['line']}"
+        return f"reported at {row['file']} line {row['line']}"
     if not 10 <= len(row["detail"]) <= 2100:
         return f"the detail has {len(row['detail'])} characters: {row['detail'][:80]}"
     if row["reason"] in ("bad_image", "bad_video", "missing_file") and not _names_file(row):
@@ -123,15 +123,15 @@ def _names_file(row: dict[str, Any]) -> bool:
 def _file_problem(case: Case, result: dict[str, Any]) -> str:
     stops = case.facts.get("stops")
     if stops or "rows" not in result:
-        said = result.get("stops", "") or result.get("outcome", "")
+        message = result.get("stops", "") or result.get("outcome", "")
         # A file whose columns were damaged into others, or without any row, may stop a run.
-        may = not case.facts and ("no known layout" in said or "no sample" in said)
+        may = not case.facts and ("no known layout" in message or "no sample" in message)
         good = (
             may
-            or (stops and stops in said)
-            or (case.facts.get("rows") == [] and "no sample" in said)
+            or (stops and stops in message)
+            or (case.facts.get("rows") == [] and "no sample" in message)
         )
-        return "" if good else f"stops with {said!r}"
+        return "" if good else f"stops with {message!r}"
     rows = [row["outcome"] for row in result["rows"]]
     if "rows" in case.facts and rows != case.facts["rows"]:
         return f"{rows} instead of {case.facts['rows']}"
@@ -149,10 +149,10 @@ def test_nothing_takes_long_or_much_memory(corpus, outcomes):
 
 
 def test_nothing_is_written_to_the_terminal(outcomes):
-    """FFmpeg and Pillow would say something of every damaged file. libtiff's errors on damaged LZW
-    data cannot be switched off through Pillow."""
-    said = [text for r in outcomes for text in r.get("stderr", "").splitlines()]
-    assert [text for text in said if not text.startswith("tempfile.tif: ")] == []
+    """FFmpeg and Pillow would report every damaged file. Pillow cannot switch off libtiff's errors
+    on damaged LZW data."""
+    lines = [text for r in outcomes for text in r.get("stderr", "").splitlines()]
+    assert [text for text in lines if not text.startswith("tempfile.tif: ")] == []
 
 
 def test_truncated_pictures_are_not_padded():
@@ -201,7 +201,7 @@ def test_an_exception_without_text_is_a_rejection():
     assert result == ("internal_error", "_Mute: it has no text", "odd", "a", 1)
 
 
-# --- beside good samples --------------------------------------------------------------------------
+# --- among good samples ---------------------------------------------------------------------------
 
 
 def _load(sources, folder, count: int, workers: int):

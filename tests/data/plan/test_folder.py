@@ -96,7 +96,7 @@ def test_a_plan_without_a_table_is_one_sentence(copy, missing):
 
 
 def test_a_folder_of_the_earlier_version_is_refused_by_prepare_as_well(folder, copy):
-    """It had lengths.safetensors and plan.safetensors, and shards in the same format."""
+    """Its tables and shards were safetensors files."""
     for path in [*(copy / "lengths").iterdir()]:
         path.rename(path.with_suffix(".safetensors"))
     for name in (TABLE, PLAN):

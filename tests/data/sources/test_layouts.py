@@ -223,7 +223,7 @@ def test_bad_text_spoils_only_its_row(tmp_path):
         parse_record(source[1])
 
 
-def test_a_file_that_vanishes_is_a_bad_sample(tmp_path):
+def test_a_file_that_vanishes_is_a_rejected_sample(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"id": "1", "messages": chat("Q", "A")}])
     source = RecordSource([SourceConfig(str(path))])
     path.unlink()
