@@ -4,6 +4,7 @@ Tests compile a lot and compute little, so LLVM's expensive passes would be most
 """
 
 import os
+import tempfile
 from pathlib import Path
 
 import jaxtyping
@@ -19,16 +20,26 @@ os.environ["XLA_FLAGS"] = (
 
 
 # Every call of these packages' functions is checked against its annotations, shapes included.
-jaxtyping.install_import_hook(["ov2_jax", "conversion"], f"{typechecking.__name__}.check")
+PACKAGES = ["ov2_jax", "conversion"]
+jaxtyping.install_import_hook(PACKAGES, f"{typechecking.__name__}.check")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One compilation cache for all workers and the programs that tests start.
+
+    Only the process that the user started comes here before JAX has read its environment.
+    """
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="ov2-compiled-")
+        config.add_cleanup(folder.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory) -> None:
-    """Many tests compile the same step; the programs that they start are not told of this cache."""
-    import jax
-
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+def named_tuples_are_checked() -> None:
+    for package in PACKAGES:
+        typechecking.check_named_tuples(package)
 
 
 @pytest.fixture(scope="session")

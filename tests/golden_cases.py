@@ -1,4 +1,4 @@
-"""Golden cases (what the public PyTorch reference computed) as batches of this package."""
+"""Golden cases (results of the public PyTorch reference) as batches of this package."""
 
 import itertools
 import json

@@ -54,7 +54,7 @@ def check_named_tuples(package: str) -> int:
     }
     count = 0
     for kind in found:
-        hints = {n: h for n, h in typing.get_type_hints(kind).items() if _is_shapes(h)}
+        hints = {n: h for n, h in kind.__annotations__.items() if _is_shapes(h)}
         if hints and not hasattr(kind, "_unchecked"):
             kind._unchecked = kind.__new__
             kind.__new__ = _checked(kind.__new__, hints)

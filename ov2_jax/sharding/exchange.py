@@ -1,4 +1,4 @@
-"""What devices exchange, in code inside a shard_map over the axes of mesh.py.
+"""Exchanges between devices, for code inside a shard_map over the axes of mesh.py.
 
 The train step is one function that every device runs on its own part of the batch, so each
 exchange is a call in the code and none is left to a partitioner. Without a mesh, and over axes of

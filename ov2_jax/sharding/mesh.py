@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AxisType, Mesh
 
 from ov2_jax.core.errors import ConfigError
 
@@ -52,12 +52,12 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def data_shards(mesh: Mesh | AbstractMesh | Mapping[str, int]) -> int:
+def data_shards(mesh: Mesh | Mapping[str, int]) -> int:
     """How many packs the mesh holds at a time, one in each data shard."""
     return axes_size(mesh, PACK_AXES)
 
 
-def axes_size(mesh: Mesh | AbstractMesh | Mapping[str, int], axes: tuple[str, ...]) -> int:
+def axes_size(mesh: Mesh | Mapping[str, int], axes: tuple[str, ...]) -> int:
     """Devices along the axes together; `mesh` may be the sizes of its axes."""
     shape = mesh if isinstance(mesh, Mapping) else mesh.shape
     return math.prod(shape[axis] for axis in axes)

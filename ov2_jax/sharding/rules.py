@@ -7,7 +7,7 @@
     context   a pack's tokens, vision rows matrices, as on fsdp
     tensor    a pack's tokens, vision rows the decoder's heads, MLPs and vocabulary
 
-exchange.py has what devices exchange.
+exchange.py moves them between devices.
 """
 
 from typing import Any
@@ -104,21 +104,19 @@ def parameter_shardings(params: Any, mesh: Mesh) -> Any:
 # --- the batch ------------------------------------------------------------------------------------
 
 
-def batch_specs(classes: int, *, leading: int = 0) -> Any:
-    """A Batch of PartitionSpecs, for `classes` classes of vision rows and arrays [G ...].
+def batch_specs(classes: int) -> Any:
+    """A Batch of PartitionSpecs for a step's arrays [A G ...] and `classes` classes of vision rows.
 
-    Text rows are cut along their tokens; each vision row goes whole to one device. `leading` axes
-    before G, such as A, are not cut.
+    Text rows are cut along their tokens; each vision row goes whole to one device.
     """
-    none = [None] * leading
-    tokens = P(*none, PACK_AXES, None, ROW_AXES)
-    rows = P(*none, PACK_AXES, ROW_AXES)
+    tokens = P(None, PACK_AXES, None, ROW_AXES)  # A G B L
+    rows = P(None, PACK_AXES, ROW_AXES)  # A G R ...
     return Batch(*[tokens] * 5, (VisionRows(rows, rows, rows),) * classes)
 
 
-def batch_shardings(mesh: Mesh, classes: int, *, leading: int = 0) -> Any:
+def batch_shardings(mesh: Mesh, classes: int) -> Any:
     """`batch_specs` as NamedShardings of a mesh."""
-    return jax.tree.map(lambda s: NamedSharding(mesh, s), batch_specs(classes, leading=leading))
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), batch_specs(classes))
 
 
 def token_order(length: int, context: int) -> Int[np.ndarray, " L"]:

@@ -51,7 +51,7 @@ def to_devices(batch: Batch, feed: Feed, grad_accum: int) -> Batch:
 
     The tokens of a row are put in the order that balances the context axis.
     """
-    shardings = batch_shardings(feed.mesh, len(batch.vision), leading=1)
+    shardings = batch_shardings(feed.mesh, len(batch.vision))
     packs = len(batch.tokens) // grad_accum  # of this process in a micro-step
     each = packs // len(feed.shards)
     order = token_order(batch.tokens.shape[-1], feed.mesh.shape["context"])

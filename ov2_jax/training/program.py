@@ -52,7 +52,7 @@ def abstract_batch(experiment: Experiment, mesh: Mesh) -> Any:
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
-        batch_shardings(mesh, len(vision), leading=1),
+        batch_shardings(mesh, len(vision)),
     )
 
 

@@ -92,7 +92,7 @@ def loss_and_grads(
     specs = parameter_specs(trainable)
     run = jax.shard_map(
         on_device,
-        in_specs=(specs, parameter_specs(frozen), batch_specs(len(batch.vision), leading=1)),
+        in_specs=(specs, parameter_specs(frozen), batch_specs(len(batch.vision))),
         out_specs=(P(), specs),
         # Unchecked: Pallas kernels do not say over which axes their results vary.
         check_vma=False,

@@ -5,6 +5,7 @@ import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -60,7 +61,7 @@ def test_each_sample_alone(case: Case, compute: dict):
     graph = graph_of(case, loss_block=5, **compute)
     for s in range(len(case.samples)):
         batch = pack(case.config, case.samples, (s,))
-        weights = loss_weights(batch.targets[None], "tokens")[0]
+        weights = loss_weights(jnp.asarray(batch.targets[None]), "tokens")[0]
         logits, loss, grads = run(graph, case.params, batch, weights)
         assert np.abs(logits[0] - case.expected[f"{s}.logits"][0]).max() < LOGITS
         assert abs(loss - case.expected[f"{s}.loss"][0]) < LOSS
@@ -73,7 +74,7 @@ def without_balance(case: Case) -> Case:
     expected = {k: v for k, v in case.expected.items() if k.endswith("logits")}
     for s in range(len(case.samples)):
         batch = pack(case.config, case.samples, (s,))
-        weights = loss_weights(batch.targets[None], "tokens")[0]
+        weights = loss_weights(jnp.asarray(batch.targets[None]), "tokens")[0]
         _, loss, grads = run(graph_of(case, remat="none"), case.params, batch, weights)
         expected[f"{s}.loss"] = np.array([loss])
         expected |= {f"{s}.grad.{k}": g for k, g in hf_tensors(case.config, grads).items()}
@@ -126,7 +127,7 @@ def test_a_leak_would_show(case: Case):
     leaking = batch.segment_ids if n > 1 else batch.vision[0].segment_ids
     assert leaking.max() > 1
     leaking[leaking > 0] = 1
-    weights = loss_weights(batch.targets[None], "tokens")[0]
+    weights = loss_weights(jnp.asarray(batch.targets[None]), "tokens")[0]
     logits, _, _ = run(graph_of(case, remat="none"), case.params, batch, weights)
     last = case.expected[f"{n - 1}.logits"][0]
     assert np.abs(logits[0, -len(last) :] - last).max() > 100 * LOGITS
@@ -136,6 +137,6 @@ def test_bfloat16_stays_near_float32(case: Case):
     """A coarse check that the bfloat16 path computes the same thing."""
     graph = nnx.split(nnx.eval_shape(lambda: LlavaOnevision2(case.config, rngs=nnx.Rngs(0))))[0]
     batch = pack(case.config, case.samples, (0,))
-    weights = loss_weights(batch.targets[None], "tokens")[0]
+    weights = loss_weights(jnp.asarray(batch.targets[None]), "tokens")[0]
     _, loss, _ = run(graph, case.params, batch, weights)
     assert abs(loss - case.expected["0.loss"][0]) < 0.05

@@ -142,7 +142,7 @@ def test_eight_devices_equal_one(mesh_config):
     shardings = parameter_shardings(state, mesh)
     with jax.set_mesh(mesh):
         placed = jax.device_put(state, shardings)
-        batch = jax.device_put(cut(global_batch(), 1), batch_shardings(mesh, 1, leading=1))
+        batch = jax.device_put(cut(global_batch(), 1), batch_shardings(mesh, 1))
         spread, got = train_step(config)(placed, batch)
     assert float(got["loss"]) == pytest.approx(float(want["loss"]), rel=1e-6)
     assert float(got["grad_norm"]) == pytest.approx(float(want["grad_norm"]), rel=1e-5)

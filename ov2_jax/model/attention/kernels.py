@@ -73,7 +73,7 @@ def first_working(order: Sequence[str]) -> tuple[str, list[str]]:
             return name, notes
         try:
             error = _error_of(KERNELS[name].attention)
-        except Exception as e:  # whatever a compiler raises: the next one is tried
+        except Exception as e:  # a compiler may raise anything: the next one is tried
             notes.append(f"Attention kernel {name} is not used: {type(e).__name__}: {str(e)[:500]}")
             continue
         if error < 0.02:

@@ -173,7 +173,7 @@ def _unmasked_blocks(segments: Segments, tile: Tile) -> Bool[Array, "B q_blocks 
 
 
 class _Inputs(NamedTuple):
-    """Padded to whole blocks; or their gradients, of which segments have none."""
+    """The inputs, padded to whole blocks; or their gradients, without any for the segments."""
 
     q: Float[Array, "B Q H K"]
     k: Float[Array, "B T J K"]

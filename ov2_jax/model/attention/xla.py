@@ -1,11 +1,11 @@
 """Blockwise softmax attention in plain XLA, for any device: memory is linear in a row's length.
 
 One row, one block of queries and one block of keys at a time, so that the scores stay in the cache:
-6 rows of 576 with 8 heads of 64 take 18 ms on two CPU cores, where one batched product of all rows
-takes 49. Only the blocks that `visited_blocks` names are computed.
+6 rows of 576 with 8 heads of 64 take 18 ms on two CPU cores; one batched product of all rows takes
+49. Only the blocks that `visited_blocks` names are computed.
 
-H/J query heads share a key/value head. Their queries lie behind one another in a block, `stacked` =
-H/J * q_size of them, so a key/value head needs one product instead of H/J.
+H/J query heads share a key/value head. In a block their queries form one list of
+`stacked` = H/J * q_size, so a key/value head needs one product instead of H/J.
 """
 
 import functools

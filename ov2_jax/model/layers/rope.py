@@ -42,7 +42,7 @@ def text_rope(positions: Int[Array, "*any"], *, head_dim: int, theta: float) -> 
 
 
 def rotate_half(x: Float[Array, "*any H K"], rope: Rope) -> Float[Array, "*any H K"]:
-    """Rotates pairs of which one is in the first half of the head and one in the second."""
+    """Rotates pairs of one channel in the first half of the head and one in the second half."""
     cos, sin = (t[..., None, :] for t in rope)
     z = x.astype(jnp.float32)
     first, second = jnp.split(z, 2, -1)

@@ -84,7 +84,7 @@ def test_as_plain_attention(name, size):
 
 @pytest.mark.parametrize("ranks", [(0, 7), (2, 5), (6, 1)])
 def test_queries_of_some_places_against_all_keys(ranks):
-    """As under context parallelism: two chunks of eight, in neither of which a sample starts."""
+    """As under context parallelism: two chunks of eight, and no sample starts in either."""
     k_ids = packed(150, 700, 170, total=1040)
     chunk = 1040 // 8
     index = jnp.concatenate([jnp.arange(r * chunk, (r + 1) * chunk) for r in ranks])
