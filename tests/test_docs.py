@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,38 @@ def test_parameter_counts():
     for size in SIZES:
         count = f"{parameter_count(model_config(size)):,}".replace(",", " ")
         assert count in TEXTS["design.md"], size
+
+
+_HINT = re.compile(
+    r"\b(?:(?:Float|Int|UInt)\d*|BFloat16|Bool|Shaped|Num|Real|Inexact|Integer|Key)"
+    r'\[\s*[\w.]+(?:\[[^\]]*\])?(?:\s*\|\s*[\w.]+)*,\s*((?:"[^"]*"\s*)+)'
+)
+
+
+def dimensions(text: str) -> set[str]:
+    """The names in a file's jaxtyping annotations; starred ones and numbers left out."""
+    names = " ".join(_HINT.findall(text)).replace('"', "").split()
+    return {n.lstrip("_#?") for n in names if re.fullmatch(r"[_#?]*[A-Za-z]\w*", n)}
+
+
+def test_every_dimension_is_in_the_alphabet():
+    """One table for the whole repository; and nothing in the table that no signature has."""
+    section = TEXTS["design.md"].split("## Shapes: one alphabet\n")[1].split("\n## ")[0]
+    cells = [row.strip("|").split("|") for row in re.findall(r"^\|.*\|$", section, re.M)]
+    listed = [name.strip() for row in cells for cell in row[::3] for name in cell.split(",")]
+    listed = {n for n in listed if n not in ("letter", "word", "") and "---" not in n}
+    used = {
+        name
+        for package in ("ov2_jax", "conversion", "launch")
+        for path in (REPOSITORY / package).rglob("*.py")
+        for name in dimensions(path.read_text())
+    }
+    assert len(used) > 40
+    assert used - listed == set()
+    assert {n for n in listed - used if len(n) > 1} == set()
+
+
+def test_the_picture_of_the_packages_is_that_of_the_imports():
+    command = [sys.executable, "docs/packages.py", "--check"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -24,9 +24,13 @@ def _is_shape(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray)
 
 
-def _is_shapes(hint: Any) -> bool:
-    """Whether a hint is a shape, or a union with one."""
-    return _is_shape(hint) or any(_is_shape(a) for a in typing.get_args(hint))
+def _any_library(hint: Any) -> Any:
+    """The hint's shapes alone, of JAX or NumPy arrays (`jax.device_get` turns one into the other);
+    None if it has no shape."""
+    if _is_shape(hint):
+        return hint.dtype[jax.Array | np.ndarray, hint.dim_str]
+    shapes = [_any_library(a) for a in typing.get_args(hint) if _is_shape(a)]
+    return typing.Union[tuple(shapes)] if shapes else None  # noqa: UP007
 
 
 @jaxtyping.jaxtyped(typechecker=None)
@@ -54,7 +58,8 @@ def check_named_tuples(package: str) -> int:
     }
     count = 0
     for kind in found:
-        hints = {n: h for n, h in kind.__annotations__.items() if _is_shapes(h)}
+        shapes = {n: _any_library(h) for n, h in kind.__annotations__.items()}
+        hints = {n: h for n, h in shapes.items() if h is not None}
         if hints and not hasattr(kind, "_unchecked"):
             kind._unchecked = kind.__new__
             kind.__new__ = _checked(kind.__new__, hints)
