@@ -22,7 +22,7 @@ quickstart: .venv/installed
 	$(BIN)/python -m ov2_jax.quickstart
 
 # A failure is shown when it happens; a test that hangs, or kills its process, ends them all.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist=loadfile --instafail \
+PYTEST := $(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder --instafail \
   --timeout=1800 --timeout-method=thread --max-worker-restart=0
 
 test: .venv/installed-test .venv-beam/installed

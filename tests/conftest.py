@@ -20,7 +20,7 @@ os.environ["XLA_FLAGS"] = (
 
 
 # Every call of these packages' functions is checked against its annotations, shapes included.
-PACKAGES = ["ov2_jax", "conversion"]
+PACKAGES = ["ov2_jax", "conversion", "launch"]
 jaxtyping.install_import_hook(PACKAGES, f"{typechecking.__name__}.check")
 
 
@@ -34,6 +34,31 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(folder.cleanup)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+
+# The files that take longest come first, so that no worker ends with one of them alone.
+SLOW_FILES = (
+    "training/test_run.py",
+    "sharding/test_sharding.py",
+    "model/test_parity.py",
+    "training/test_step.py",
+    "model/attention/test_xla.py",
+    "model/test_moe.py",
+    "launch/test_local.py",
+    "generation/test_generation.py",
+    "launch/planner/test_plan.py",
+    "data/prepare/test_prepare.py",
+    "data/inspect/test_inspect.py",
+    "data/loader/test_planned.py",
+    "benchmarks/test_codec_vs_uniform.py",
+    "model/attention/test_triton.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: i for i, name in enumerate(SLOW_FILES)}
+    here = Path(__file__).parent
+    items.sort(key=lambda item: order.get(str(item.path.relative_to(here)), len(order)))
 
 
 @pytest.fixture(scope="session", autouse=True)

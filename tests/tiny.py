@@ -1,4 +1,4 @@
-"""Small runs of the quickstart's config, for tests."""
+"""The small models, configs and runs that tests share."""
 
 import dataclasses
 import runpy
@@ -14,6 +14,9 @@ from ov2_jax.data.encoding.tokenizer import load_tokenizer
 from ov2_jax.train import train
 from tests.programs import REPOSITORY
 
+# --- models ---------------------------------------------------------------------------------------
+
+# As a checkpoint: every size differs, so that no axis is taken for another.
 SMALL = ModelConfig(
     vision=VisionConfig(
         hidden_size=64,
@@ -37,17 +40,62 @@ SMALL = ModelConfig(
     vision_end_token_id=159,
 )
 
-SMALL_MOE = dataclasses.replace(
-    SMALL,
-    text=dataclasses.replace(
-        SMALL.text,
-        num_experts=6,
+
+def with_experts(model: ModelConfig, experts: int, size: int, coefficient: float) -> ModelConfig:
+    """A mixture of `experts` of that size in place of the MLPs, of which a token has two."""
+    text = dataclasses.replace(
+        model.text,
+        num_experts=experts,
         num_experts_per_tok=2,
-        moe_intermediate_size=40,
+        moe_intermediate_size=size,
         norm_topk_prob=True,
+    )
+    return dataclasses.replace(model, text=text, router_aux_loss_coef=coefficient)
+
+
+SMALL_MOE = with_experts(SMALL, 6, 40, 0.0)
+
+# To train steps of.
+TRAINED = ModelConfig(
+    vision=VisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        out_hidden_size=32,
+        initializer_range=0.1,
+    ),
+    text=TextConfig(64, 32, 64, 2, 2, 1, head_dim=16, initializer_range=0.1),
+    image_token_id=60,
+    video_token_id=61,
+    vision_start_token_id=62,
+    vision_end_token_id=63,
+)
+TRAINED_MOE = with_experts(TRAINED, 4, 16, 0.1)
+
+# The same, with widths and heads that divide over eight devices.
+SHARDED = dataclasses.replace(
+    TRAINED,
+    vision=dataclasses.replace(
+        TRAINED.vision, hidden_size=64, num_attention_heads=2, out_hidden_size=64
+    ),
+    text=dataclasses.replace(
+        TRAINED.text, hidden_size=64, num_attention_heads=8, num_key_value_heads=4
     ),
 )
+SHARDED_MOE = with_experts(SHARDED, 4, 16, 0.1)
 
+# With the quickstart's tokenizer, and logits that differ enough to answer with.
+ANSWERING = ModelConfig(
+    vision=dataclasses.replace(TRAINED.vision, num_hidden_layers=1, initializer_range=0.2),
+    text=TextConfig(466, 32, 64, 2, 4, 2, head_dim=8, initializer_range=0.5),
+    image_token_id=5,
+    video_token_id=6,
+    vision_start_token_id=3,
+    vision_end_token_id=4,
+)
+
+# --- data -----------------------------------------------------------------------------------------
 
 PROCESSOR = Path(__file__).parent / "golden" / "processor"
 # Ids of the golden tokenizer.
@@ -55,6 +103,7 @@ IM_START, IM_END, VISION_START, VISION_END, PAD = 1, 2, 3, 4, 5
 
 
 def tiny_model(patch: int = 14, merge: int = 2, frames: int = 4) -> ModelConfig:
+    """With the golden tokenizer's ids; for what never runs a model."""
     return ModelConfig(
         vision=VisionConfig(
             hidden_size=32,
@@ -98,6 +147,9 @@ def data_config(path: str | Path = "unused.jsonl", **changes) -> DataConfig:
     )
 
 
+# --- runs -----------------------------------------------------------------------------------------
+
+# Overrides of configs/quickstart.py.
 SMALL_RUN = {
     "model.vision.num_hidden_layers": 1,
     "model.vision.hidden_size": 64,

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.planner.chips import GIB
+from ov2_jax.core.files import write_file
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / "page"),
@@ -159,9 +160,6 @@ def write(plan: Mapping[str, Any], folder: pathlib.Path) -> list[pathlib.Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, text in (("plan.json", json.dumps(plan, indent=1)), ("plan.html", html(plan))):
-        path = folder / name
-        part = path.with_name(f".{name}.part")
-        part.write_text(text)
-        part.replace(path)
-        written.append(path)
+        write_file(folder / name, text.encode())
+        written.append(folder / name)
     return written

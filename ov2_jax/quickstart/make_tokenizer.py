@@ -16,6 +16,7 @@ from absl import flags
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from conversion.formats.hf_tokenizer import CHAT_TEMPLATE
+from ov2_jax.core.files import write_file
 from ov2_jax.core.program import run
 from ov2_jax.quickstart import tasks
 
@@ -102,9 +103,7 @@ def write_tokenizer(folder: Path) -> None:
         "chat_template.jinja": CHAT_TEMPLATE,
     }
     for name, text in files.items():
-        temporary = folder / f".{name}"
-        temporary.write_text(text)
-        temporary.rename(folder / name)
+        write_file(folder / name, text.encode())
 
 
 def _define_flags() -> None:

@@ -68,6 +68,7 @@ def test_codec_input_shows_the_event_and_uniform_frames_mostly_do_not(tmp_path):
         assert answers[f"heldout-{number}-when"] == str(event.second)
 
 
+@pytest.mark.long
 def test_goes_on_with_the_runs_that_are_missing(tmp_path, monkeypatch):
     out = tmp_path / "out"
     benchmark.claim(out, TINY)

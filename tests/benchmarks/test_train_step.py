@@ -58,6 +58,7 @@ def run_program(*arguments: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.long
 def test_runs_end_to_end(tmp_path: pathlib.Path) -> None:
     """As a program, for it binds its process to the case's cores."""
     case = write(tmp_path, TINY)
@@ -72,6 +73,7 @@ def test_runs_end_to_end(tmp_path: pathlib.Path) -> None:
     assert any((tmp_path / "cache").iterdir())
 
 
+@pytest.mark.long
 def test_gpu_settings_run(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     """bfloat16, remat, and MFU of a pretended peak; only the GPU is missing."""
     case = read_case(write(tmp_path, TINY))

@@ -15,7 +15,6 @@ from flax import nnx
 from conversion import to_hf
 from ov2_jax.config.compute import ComputeConfig
 from ov2_jax.config.data import DataConfig, SourceConfig
-from ov2_jax.config.model import ModelConfig, TextConfig, VisionConfig
 from ov2_jax.config.pack import PackConfig
 from ov2_jax.core.errors import ConfigError
 from ov2_jax.data.encoding.sample_encoder import SampleEncoder
@@ -29,41 +28,29 @@ from ov2_jax.model.llava_onevision2 import LlavaOnevision2
 from ov2_jax.quickstart import TOKENIZER
 from ov2_jax.training.start import random_params
 from tests.programs import REPOSITORY
+from tests.tiny import ANSWERING
 
-MODEL = ModelConfig(
-    vision=VisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        out_hidden_size=32,
-        initializer_range=0.2,
-    ),
-    text=TextConfig(466, 32, 64, 2, 4, 2, head_dim=8, initializer_range=0.5),
-    image_token_id=5,
-    video_token_id=6,
-    vision_start_token_id=3,
-    vision_end_token_id=4,
-)
 FLOAT32 = ComputeConfig(dtype="float32", remat="none")
 STOP = 2  # <|im_end|>
 
 
 @pytest.fixture(scope="module")
 def model() -> LlavaOnevision2:
-    graph = nnx.split(LlavaOnevision2(MODEL, rngs=nnx.Rngs(0), compute=FLOAT32))[0]
-    return nnx.merge(graph, random_params(MODEL, 4))
+    graph = nnx.split(LlavaOnevision2(ANSWERING, rngs=nnx.Rngs(0), compute=FLOAT32))[0]
+    return nnx.merge(graph, random_params(ANSWERING, 4))
 
 
 @pytest.fixture(scope="module")
 def generator() -> Generator:
-    return Generator(MODEL, random_params(MODEL, 4), load_tokenizer(TOKENIZER, MODEL), FLOAT32)
+    return Generator(
+        ANSWERING, random_params(ANSWERING, 4), load_tokenizer(TOKENIZER, ANSWERING), FLOAT32
+    )
 
 
 @pytest.fixture(scope="module")
 def encoder(generator) -> SampleEncoder:
     data = DataConfig(sources=(), num_frames=6, min_pixels=784, max_pixels=6272)
-    return SampleEncoder(data, MODEL, generator.tokenizer)
+    return SampleEncoder(data, ANSWERING, generator.tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +71,7 @@ def greedy_without_cache(model, prompt, steps: int) -> list[int]:
     while len(new) < steps and STOP not in new:
         tokens = np.concatenate([prompt.tokens, np.array(new, np.int32)])
         longer = prompt._replace(tokens=tokens, loss_mask=np.zeros(len(tokens), bool))
-        batch, lengths = prompt_batch([longer], MODEL)
+        batch, lengths = prompt_batch([longer], ANSWERING)
         new.append(int(jnp.argmax(run(batch)[0, lengths[0] - 1])))
     return new
 
@@ -103,7 +90,7 @@ def test_packed_rows_from_the_packer_equal_single_prompts(encoder, data):
     """The whole pipeline: files, encoder, placement, pack; every token's logits as if alone."""
     # Logits of about 1, as the bound is for; the generating model's are ten times that.
     config = dataclasses.replace(
-        MODEL, text=dataclasses.replace(MODEL.text, initializer_range=0.15)
+        ANSWERING, text=dataclasses.replace(ANSWERING.text, initializer_range=0.15)
     )
     graph = nnx.split(LlavaOnevision2(config, rngs=nnx.Rngs(0), compute=FLOAT32))[0]
     model = nnx.merge(graph, random_params(config, 0))
@@ -113,13 +100,13 @@ def test_packed_rows_from_the_packer_equal_single_prompts(encoder, data):
     pack = PackConfig(rows=4, seq_len=192, vision_rows=((6, 32), (6, 64)))
     sizes = [SampleSize(len(s.tokens), tuple(s.windows.tolist())) for s in samples]
     placements = place_pack(sizes, pack)
-    batch, _ = build_pack(samples, placements, pack, MODEL)
+    batch, _ = build_pack(samples, placements, pack, ANSWERING)
     run = jax.jit(lambda batch: model.decoder.logits(model(batch)[0]))
     packed = run(jax.tree.map(lambda x: x[None], batch))
     assert len(placements) > 10 and len({p.row for p in placements}) == 4
     for place in placements:
         sample = samples[place.sample]
-        alone, lengths = prompt_batch([sample], MODEL)
+        alone, lengths = prompt_batch([sample], ANSWERING)
         n = lengths[0]
         got = packed[place.row, place.offset : place.offset + n]
         np.testing.assert_allclose(got, run(alone)[0, :n], atol=2e-5, rtol=0)

@@ -58,7 +58,9 @@ def launched(
     command += [f"--devices-per-process={devices}", "--", "--config=configs/quickstart.py"]
     command += [f"--config.workdir={workdir}"]
     command += [f"--config.{name}={value}" for name, value in values.items()]
-    return Program(command, workdir.with_suffix(".log"))
+    # Without the cache that tests share, so that the run uses its own.
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    return Program(command, workdir.with_suffix(".log"), environment)
 
 
 def losses(workdir: Path) -> dict[int, float]:
@@ -66,6 +68,7 @@ def losses(workdir: Path) -> dict[int, float]:
     return {x["step"]: x["loss"] for x in lines}
 
 
+@pytest.mark.long
 def test_killed_stopped_and_resumed_it_is_the_run_of_one_process(tmp_path, data, plan, capsys):
     one, many = tmp_path / "one", tmp_path / "many"
     run(one, data, **changes(plan))

@@ -18,7 +18,6 @@ from conversion.keys import key_table, leaves
 from ov2_jax.config.build import experiment_from
 from ov2_jax.config.compute import ComputeConfig
 from ov2_jax.config.hf import load_config, model_config_from_hf, model_config_to_hf
-from ov2_jax.config.model import TextConfig
 from ov2_jax.config.optimizer import OptimizerConfig
 from ov2_jax.config.sizes import model_config
 from ov2_jax.config.start import with_checkpoint_model
@@ -41,32 +40,11 @@ from ov2_jax.training.state import init_state
 from ov2_jax.training.step import make_train_step
 from tests.conversion.folders import make_folder, same_tensors, write_weights
 from tests.golden_cases import GOLDEN, Sample, pack
-from tests.tiny import SMALL_MOE, config_of, run
+from tests.tiny import SMALL_MOE, TRAINED_MOE, config_of, run
 
 RAW = json.loads((GOLDEN / "moe/hf/config.json").read_text())
-TEXT = TextConfig(
-    64,
-    32,
-    64,
-    2,
-    2,
-    1,
-    head_dim=16,
-    initializer_range=0.1,
-    num_experts=4,
-    num_experts_per_tok=2,
-    moe_intermediate_size=16,
-    norm_topk_prob=True,
-)
-MODEL = dataclasses.replace(
-    model_config_from_hf(RAW),
-    text=TEXT,
-    router_aux_loss_coef=0.1,
-    image_token_id=60,
-    video_token_id=61,
-    vision_start_token_id=62,
-    vision_end_token_id=63,
-)
+TEXT = TRAINED_MOE.text
+MODEL = dataclasses.replace(TRAINED_MOE, vision=model_config_from_hf(RAW).vision)
 
 # --- grouped matmul -------------------------------------------------------------------------------
 
@@ -225,6 +203,7 @@ def train_step(config: OptimizerConfig, model=MODEL):
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, eps=1e-3, train=("decoder",))
 
 
+@pytest.mark.long
 def test_eight_devices_equal_one():
     """Each device routes its own tokens; the balance is over the tokens of all devices."""
     state = init_state(params(), OPTIMIZER)
@@ -290,6 +269,7 @@ def test_flops_count_active_experts_only():
 # --- a run ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_run_trains_reports_the_balance_and_exports(tmp_path, data):
     experts = {
         "num_experts": 4,

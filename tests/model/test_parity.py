@@ -56,7 +56,10 @@ def check_gradients(grads: dict[str, np.ndarray], expected: dict[str, np.ndarray
         assert error <= GRADIENT * norm, f"{name}: error {error:.1e} of {norm:.1e}"
 
 
-@pytest.mark.parametrize("compute", [{"remat": "none"}, {"remat": "full"}])
+FULL = pytest.param({"remat": "full"}, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("compute", [{"remat": "none"}, FULL])
 def test_each_sample_alone(case: Case, compute: dict):
     graph = graph_of(case, loss_block=5, **compute)
     for s in range(len(case.samples)):
@@ -133,6 +136,7 @@ def test_a_leak_would_show(case: Case):
     assert np.abs(logits[0, -len(last) :] - last).max() > 100 * LOGITS
 
 
+@pytest.mark.long
 def test_bfloat16_stays_near_float32(case: Case):
     """A coarse check that the bfloat16 path computes the same thing."""
     graph = nnx.split(nnx.eval_shape(lambda: LlavaOnevision2(case.config, rngs=nnx.Rngs(0))))[0]

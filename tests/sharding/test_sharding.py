@@ -13,7 +13,6 @@ from flax import nnx
 
 from ov2_jax.config.compute import ComputeConfig
 from ov2_jax.config.experiment import check_mesh
-from ov2_jax.config.model import ModelConfig, TextConfig, VisionConfig
 from ov2_jax.config.optimizer import OptimizerConfig
 from ov2_jax.config.pack import PackConfig
 from ov2_jax.config.sizes import model_config
@@ -27,34 +26,9 @@ from ov2_jax.training.start import random_params
 from ov2_jax.training.state import init_state
 from ov2_jax.training.step import Losses, loss_and_grads, make_train_step
 from tests.golden_cases import Sample, pack
+from tests.tiny import SHARDED, SHARDED_MOE
 
-DENSE = ModelConfig(
-    vision=VisionConfig(
-        hidden_size=64,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        out_hidden_size=64,
-        initializer_range=0.1,
-    ),
-    text=TextConfig(64, 64, 64, 2, 8, 4, head_dim=16, initializer_range=0.1),
-    image_token_id=60,
-    video_token_id=61,
-    vision_start_token_id=62,
-    vision_end_token_id=63,
-)
-MOE = dataclasses.replace(
-    DENSE,
-    text=dataclasses.replace(
-        DENSE.text,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        norm_topk_prob=True,
-    ),
-    router_aux_loss_coef=0.1,
-)
-MODELS = {"dense": DENSE, "moe": MOE}
+MODELS = {"dense": SHARDED, "moe": SHARDED_MOE}
 # Forty programs are compiled, and each runs once.
 QUICK = {
     "xla_backend_optimization_level": 0,
@@ -84,12 +58,12 @@ def global_batch() -> Batch:
                 Sample(
                     tokens,
                     targets,
-                    rng.normal(size=(sum(windows), DENSE.vision.patch_dim)).astype(np.float32),
+                    rng.normal(size=(sum(windows), SHARDED.vision.patch_dim)).astype(np.float32),
                     np.array(positions, np.int64).reshape(-1, 3),
                     list(windows),
                 )
             )
-        made = pack(DENSE, samples, (0, 1, 2, 3), text_row=32, vision_row=12)
+        made = pack(SHARDED, samples, (0, 1, 2, 3), text_row=32, vision_row=12)
         packs.append(made)
     batch = jax.tree.map(lambda *x: np.concatenate(x), *packs)
     assert batch.tokens.shape == (8, 2, 32) and batch.vision[0].patches.shape[:3] == (8, 8, 12)
@@ -148,6 +122,7 @@ def test_an_axis_alone_equals_one_device(model, axis):
     check_equal(run(model, alone(axis)), run(model, None))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("axes", PAIRS, ids="-".join)
 def test_two_axes_equal_one_device(model, axes):
@@ -160,6 +135,7 @@ def test_three_axes_and_micro_steps():
     check_equal(run("moe", MeshConfig(data=2, fsdp=1, expert=2, context=2), accum=2), want)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("remat", ["none", "attention", "up", "projections", "offload"])
 def test_remat_policies_change_nothing(remat):
     check_equal(run("dense", pair("fsdp", "tensor"), remat), run("dense", None))
@@ -169,11 +145,11 @@ def test_a_whole_step_on_every_axis():
     """Also update and metrics; parameters and moments keep their shardings."""
     config = OptimizerConfig(learning_rate=1e-2, eps=1e-3, weight_decay=0.1)
     compute = ComputeConfig(dtype="float32")
-    make = lambda: LlavaOnevision2(MOE, rngs=nnx.Rngs(0), compute=compute)  # noqa: E731
+    make = lambda: LlavaOnevision2(SHARDED_MOE, rngs=nnx.Rngs(0), compute=compute)  # noqa: E731
     step = jax.jit(
         make_train_step(nnx.split(nnx.eval_shape(make))[0], config, steps=10, reduction="tokens")
     )
-    state = init_state(random_params(MOE, 0), config)
+    state = init_state(random_params(SHARDED_MOE, 0), config)
     batch = jax.tree.map(lambda x: x[None], global_batch())
     alone, want = step(state, batch)
     mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))

@@ -130,6 +130,7 @@ class TestInterrupted:
             assert want[name].tobytes() == got[name].tobytes(), name
 
 
+@pytest.mark.long
 def test_two_processes_make_one_run(tmp_path, data):
     """Four devices each, as Slurm would start them; tests/launch/test_local.py resumes some."""
     slurm = {
@@ -160,6 +161,7 @@ def test_two_processes_make_one_run(tmp_path, data):
     assert line["tokens"] > 1.5 * line["utilisation/tokens"] * 4 * 128  # counted over both
 
 
+@pytest.mark.long
 def test_a_run_moves_to_another_mesh(tmp_path, data):
     shapes = [{"mesh.data": 1, "mesh.fsdp": -1}, {"mesh.data": -1, "mesh.fsdp": 2}]
     run(tmp_path / "one", data, steps=4, **shapes[0])
@@ -219,6 +221,7 @@ def test_a_start_from_a_run_has_its_parameters_and_a_fresh_optimizer(tmp_path, d
     assert not any("encoder" in name for name in after if name.startswith("train_state"))
 
 
+@pytest.mark.long
 def test_relative_paths_work_everywhere(tmp_path, data, monkeypatch):
     """Train, start from it, export, convert back, open each: all below the current folder."""
     monkeypatch.chdir(tmp_path)

@@ -12,7 +12,6 @@ import pytest
 from flax import nnx, traverse_util
 
 from ov2_jax.config.compute import ComputeConfig
-from ov2_jax.config.model import ModelConfig, TextConfig, VisionConfig
 from ov2_jax.config.optimizer import OptimizerConfig
 from ov2_jax.core.batch import IGNORE, Batch
 from ov2_jax.core.errors import ConfigError
@@ -26,23 +25,9 @@ from ov2_jax.training.start import random_params
 from ov2_jax.training.state import init_state
 from ov2_jax.training.step import make_train_step
 from tests.golden_cases import Sample, pack
+from tests.tiny import TRAINED
 
-MODEL = ModelConfig(
-    vision=VisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        out_hidden_size=32,
-        initializer_range=0.1,
-        use_head=True,
-    ),
-    text=TextConfig(64, 32, 64, 2, 2, 1, head_dim=16, initializer_range=0.1),
-    image_token_id=60,
-    video_token_id=61,
-    vision_start_token_id=62,
-    vision_end_token_id=63,
-)
+MODEL = dataclasses.replace(TRAINED, vision=dataclasses.replace(TRAINED.vision, use_head=True))
 STEPS = 100
 
 
@@ -130,6 +115,7 @@ def test_accumulation_gives_the_same_update():
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mesh_config", [MeshConfig(), MeshConfig(2, 4), MeshConfig(-1, 1)])
 def test_eight_devices_equal_one(mesh_config):
     """Parameters, moments and packs are spread; loss and update stay the same."""

@@ -369,6 +369,7 @@ def run(*args: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.long
 def test_the_program(corpus, tmp_path):
     """The config's own tokenizer and model; its work directory is neither needed nor made."""
     out = tmp_path / "report.html"

@@ -129,6 +129,7 @@ def test_without_beam_the_extra_is_named(monkeypatch):
         beam_runner("")
 
 
+@pytest.mark.long
 def test_a_killed_program_goes_on_where_it_was(tmp_path):
     """Killed between shards, its workers end by themselves; nothing that was done is done again.
 

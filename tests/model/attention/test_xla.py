@@ -70,12 +70,14 @@ def test_equals_plain_attention(causal: bool, groups: int, block_q: int, block_k
     check(row_segments(ids, causal=causal), 4, groups, block_q, block_k)
 
 
+@pytest.mark.long
 def test_ids_in_any_order() -> None:
     ids = jax.random.randint(jax.random.key(3), (2, 130), 0, 5)
     check(row_segments(ids, causal=False), 2, 2, 32, 32)
     check(row_segments(ids, causal=True), 2, 1, 32, 32)
 
 
+@pytest.mark.long
 def test_queries_anywhere_among_more_keys() -> None:
     k_ids = segments_of([[90, 30], [20, 100]], 130)
     # The queries of a context shard (the first and the last eighth of a row), and random ones.
@@ -108,6 +110,7 @@ def test_packed_equals_unpacked() -> None:
             start += n
 
 
+@pytest.mark.long
 def test_bfloat16_is_as_close_as_plain_bfloat16() -> None:
     segments = row_segments(segments_of([[90, 30]], 128), causal=True)
     arrays = inputs(1, 128, 128, 4, 2)
