@@ -139,6 +139,7 @@ def test_bad_cases_are_one_sentence(tmp_path: pathlib.Path, change: dict, messag
         read_case(write(tmp_path, {**TINY, **change}))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -101,6 +101,7 @@ def test_killed_stopped_and_resumed_it_is_the_run_of_one_process(tmp_path, data,
     np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-4)
 
 
+@pytest.mark.long
 def test_an_error_in_one_process_ends_all(tmp_path, data, plan):
     """The others wait for it in a collective, so the launcher ends them."""
     workdir = tmp_path / "run"

@@ -234,6 +234,7 @@ def test_the_balance_moves_the_router_and_is_reported_apart_from_the_loss():
     assert np.abs(gate[0] - gate[1]).max() > 1e-4
 
 
+@pytest.mark.long
 def test_micro_steps_add_their_mean_balance():
     state = init_state(params(), OPTIMIZER)
     _, whole = train_step(OPTIMIZER)(state, cut(1))

@@ -84,6 +84,7 @@ def without_balance(case: Case) -> Case:
     return case._replace(expected=expected)
 
 
+@pytest.mark.long
 def test_packed_rows_equal_single_samples_in_every_order(case: Case):
     """Samples share text rows and windows share vision rows; nothing may leak or move."""
     if case.config.router_aux_loss_coef:

@@ -116,7 +116,11 @@ def pair(first: str, second: str) -> MeshConfig:
 PAIRS = list(itertools.combinations(AXES, 2))
 
 
-@pytest.mark.parametrize("model", MODELS)
+# Mixtures of experts in `make test-all`, as all pairs of axes.
+SOME = ["dense", pytest.param("moe", marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("model", SOME)
 @pytest.mark.parametrize("axis", AXES)
 def test_an_axis_alone_equals_one_device(model, axis):
     check_equal(run(model, alone(axis)), run(model, None))
@@ -141,6 +145,7 @@ def test_remat_policies_change_nothing(remat):
     check_equal(run("dense", pair("fsdp", "tensor"), remat), run("dense", None))
 
 
+@pytest.mark.long
 def test_a_whole_step_on_every_axis():
     """Also update and metrics; parameters and moments keep their shardings."""
     config = OptimizerConfig(learning_rate=1e-2, eps=1e-3, weight_decay=0.1)

@@ -107,6 +107,7 @@ class TestInterrupted:
         log = workdir.with_suffix(".log")
         return start(workdir, data, changes, {"XLA_FLAGS": ""}, log, program)
 
+    @pytest.mark.long
     def test_resume_is_exact(self, tmp_path, data):
         straight, broken = tmp_path / "straight", tmp_path / "broken"
         with self.start(straight, data) as program:
@@ -263,6 +264,7 @@ def test_a_run_resumes_without_what_it_started_from(tmp_path, data, finished):
         run(tmp_path / "other", data, steps=2, **changes)
 
 
+@pytest.mark.long
 def test_a_diverging_run_stops_and_names_its_samples(tmp_path, data):
     changes = {"optimizer.learning_rate": 1e30, "max_skipped_in_a_row": 2}
     with pytest.raises(TrainingError, match="2 steps in a row"):
@@ -334,6 +336,7 @@ class _Clock:
             self._now += 1
 
 
+@pytest.mark.long
 def test_slow_files_are_seen_as_time_spent_waiting_for_data(tmp_path, data, capsys, monkeypatch):
     """Slow from the first step on: what was read before that lasts for two or three more."""
     metrics = tmp_path / "run/metrics.jsonl"

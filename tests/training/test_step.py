@@ -103,6 +103,7 @@ def test_loss_is_the_formulas_whatever_the_accumulation(reduction, accum):
     assert float(metrics["loss"]) == pytest.approx(want, rel=1e-6)
 
 
+@pytest.mark.long
 def test_accumulation_gives_the_same_update():
     config = OptimizerConfig(learning_rate=1e-2, eps=1e-3)
     state = init_state(random_params(MODEL, 0), config)

@@ -305,6 +305,7 @@ def quickstart(tmp_path_factory) -> tuple[Path, Path]:
     return path, root / "plan"
 
 
+@pytest.mark.long
 def test_a_training_run_by_a_plan_goes_on_with_fewer_processes(tmp_path, quickstart):
     """A checkpoint as two processes leave it; the run goes on as one, at the same place."""
     path, folder = quickstart

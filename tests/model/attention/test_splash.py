@@ -63,6 +63,7 @@ def test_lengths_that_no_lane_divides():
     )
 
 
+@pytest.mark.long
 def test_queries_of_a_context_shard():
     """Pieces 1 and 6 of 8, as a device of four has them, against the keys of the whole row."""
     places = np.concatenate([np.arange(128, 256), np.arange(768, 896)])

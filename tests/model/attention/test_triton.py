@@ -72,6 +72,7 @@ ROWS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [64, 80, 128])
 @pytest.mark.parametrize("name", ROWS)
 def test_as_plain_attention(name, size):

@@ -61,6 +61,7 @@ def check(segments: Segments, heads: int, groups: int, block_q: int, block_k: in
     assert not np.asarray(found[0])[padding].any() and not np.asarray(found[1])[padding].any()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("block_q, block_k", [(512, 512), (32, 64), (64, 32)])
@@ -124,6 +125,7 @@ def test_bfloat16_is_as_close_as_plain_bfloat16() -> None:
         assert error <= 1.5 * bound + 1e-3
 
 
+@pytest.mark.long
 def test_under_scan_checkpoint_and_shard_map() -> None:
     segments = row_segments(segments_of([[40, 30], [70]], 80), causal=True)
     q, k, v, d_out = inputs(2, 80, 80, 4, 2)
